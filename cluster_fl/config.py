@@ -1,0 +1,264 @@
+"""The schema of a run: every option with its default, its unit and its check.
+
+A YAML file names only what it changes. :mod:`cluster_fl.compose` merges files and ``key=value`` overrides
+onto this schema; whatever passes :func:`check` is what a run writes back as ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from cluster_fl.errors import UserError
+
+
+def option(
+    default: Any,
+    about: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A field with its meaning and its range: ``low <= value``, ``above < value``, ``value <= high``."""
+    metadata = {"about": about, "low": low, "above": above, "high": high, "choices": tuple(choices)}
+    if isinstance(default, list | dict) or (isinstance(default, type) and is_dataclass(default)):
+        make = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=make, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ClientsConfig:
+    count: int = option(100, "clients in the population", low=1)
+    per_round: int = option(10, "clients drawn for each round, without replacement", low=1)
+
+
+@dataclass
+class PairConfig:
+    """One level's split, given instead of searched."""
+
+    width: float = option(1.0, "share of the channels kept", above=0, high=1)
+    depth: int = option(1, "units kept from the front", low=1)
+
+
+@dataclass
+class GridConfig:
+    depth_step: int = option(1, "units between two candidate depths", low=1)
+    width_step: float = option(0.05, "step between two candidate widths", above=0, high=1)
+
+
+@dataclass
+class LevelsConfig:
+    """Which submodel sizes exist and who gets which (ScaleFL, section 3.1)."""
+
+    count: int = option(4, "levels, when neither ratios nor pairs are given", low=1)
+    ratios: list[float] | None = option(None, "budget of each level as a share of the full model, rising to 1")
+    budgets: list[float] | None = option(None, "budget of each client as a share of the full model; clustered")
+    pairs: list[PairConfig] | None = option(None, "the split of each level; no search")
+    shares: list[float] | None = option(None, "share of the clients at each level; equal when not given")
+    tolerance: float = option(0.1, "how far a level's cost may be from its budget, relative", low=0)
+    metric: str = option("params", "what a budget counts", choices=("params", "macs", "both"))
+    rounding: str = option("floor", "channels kept = rounding(width x channels)", choices=("floor", "ceil"))
+    tie_break: list[str] = option(
+        ["ratio", "wider", "deeper"], "order of preference among equal imbalances", choices=("ratio", "wider", "deeper")
+    )
+    grid: GridConfig = option(GridConfig, "candidates of the search")
+
+
+@dataclass
+class ModelConfig:
+    name: str = option("resnet20", "a model of `cluster_fl.models`")
+    norm: str = option(
+        "batch",
+        "batch: batch statistics, always; static: collected after training; per_level: one copy a level",
+        choices=("batch", "static", "per_level"),
+    )
+    exit_head: str = option("conv3", "what hangs at an exit", choices=("conv3", "linear"))
+    options: dict[str, Any] = option({}, "arguments of the model's constructor")
+
+
+@dataclass
+class PartitionConfig:
+    name: str = option("iid", "how samples are spread over clients", choices=("iid", "dirichlet", "shards"))
+    alpha: float = option(1.0, "dirichlet: concentration; small is skewed", above=0)
+    shards_per_client: int = option(2, "shards: pieces of one class each client gets", low=1)
+    seed: int | None = option(None, "seed of the partition alone; the run's seed when not given", low=0)
+
+
+@dataclass
+class DataConfig:
+    name: str = option("digits", "data set", choices=("digits", "mnist", "fashion_mnist", "cifar10", "cifar100"))
+    root: str = option("data", "folder that holds, or is to hold, the data sets")
+    download: bool = option(True, "download what is missing")
+    held_out: int = option(0, "training samples set aside, spread over the clients, for evaluation during a run", low=0)
+    augment: bool = option(True, "random crop and flip where the data set has them")
+    partition: PartitionConfig = option(PartitionConfig, "")
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = option(1, "local epochs", low=0)
+    batch_size: int = option(16, "samples in a step", low=1)
+    lr: float = option(0.1, "learning rate of round 0", low=0)
+    momentum: float = option(0.9, "SGD momentum; its buffer starts at zero in each round", low=0, high=1)
+    weight_decay: float = option(0.0, "SGD weight decay", low=0)
+    schedule: str = option("constant", "learning rate over rounds", choices=("constant", "step", "cosine"))
+    milestones: list[int] = option([], "step: rounds from which the rate is multiplied by gamma")
+    gamma: float = option(0.1, "step: the factor", above=0, high=1)
+    clip_norm: float | None = option(None, "largest norm of a step's gradient", above=0)
+    cohort_size: int = option(4, "clients in one task of a pool", low=1)
+
+
+@dataclass
+class AggregationConfig:
+    weights: str = option("uniform", "weight of a client in the mean", choices=("uniform", "samples"))
+
+
+@dataclass
+class EvaluateConfig:
+    every: int = option(1, "rounds between evaluations; the last round is always evaluated", low=1)
+    clients: int | None = option(None, "clients in a round's evaluation; all when not given", low=1)
+    batch_size: int = option(100, "samples of one client in a batch", low=1)
+
+
+@dataclass
+class ClusterConfig:
+    address: str | None = option(None, "an existing Ray cluster; RAY_ADDRESS, else one of our own")
+    pools: int | str = option("auto", "client pools; auto: as many as the cluster has room for")
+    gpus_per_pool: float = option(0.0, "GPUs of a pool; a fraction shares one", low=0)
+    cpus_per_pool: float = option(1.0, "CPU cores of a pool", low=0)
+    retries: int = option(3, "times that a cohort is sent again after its pool died", low=0)
+
+
+@dataclass
+class TimeConfig:
+    """The simulated devices, one profile a level; what is missing follows from the defaults' sources."""
+
+    gflops: list[float] | None = option(None, "effective GFLOP/s of a level's device, smallest level first")
+    down_mbps: list[float] | None = option(None, "download rate of a level's device, Mbit/s")
+    up_mbps: list[float] | None = option(None, "upload rate of a level's device, Mbit/s")
+    latency_s: float = option(0.05, "round trip time, seconds", low=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = option(1, "rounds between checkpoints; the last round always has one", low=1)
+    keep: int = option(2, "newest checkpoints kept", low=1)
+
+
+@dataclass
+class RunConfig:
+    root: str = option("runs", "folder of run folders")
+    name: str | None = option(None, "name of the run folder; made from the method, the data and the time")
+
+
+@dataclass
+class Config:
+    method: str = option("scalefl", "a method of `cluster_fl.methods`")
+    variant: str = option("default", "where a paper and its code differ", choices=("default", "paper", "released"))
+    seed: int = option(0, "everything random follows from it", low=0)
+    rounds: int = option(10, "communication rounds", low=1)
+    options: Any = option({}, "the method's own options")
+    clients: ClientsConfig = option(ClientsConfig, "")
+    levels: LevelsConfig = option(LevelsConfig, "")
+    model: ModelConfig = option(ModelConfig, "")
+    data: DataConfig = option(DataConfig, "")
+    train: TrainConfig = option(TrainConfig, "")
+    aggregation: AggregationConfig = option(AggregationConfig, "")
+    evaluate: EvaluateConfig = option(EvaluateConfig, "")
+    cluster: ClusterConfig = option(ClusterConfig, "")
+    time: TimeConfig = option(TimeConfig, "")
+    checkpoint: CheckpointConfig = option(CheckpointConfig, "")
+    run: RunConfig = option(RunConfig, "")
+
+
+def check(config: Config) -> None:
+    """Every value against its own range, then what several values say together.
+
+    Raises:
+        UserError: naming the first key that is wrong.
+    """
+    for key, spec, value in _walk(config):
+        _check_value(key, spec, value)
+    _check_together(config)
+
+
+def choose(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raises :class:`UserError` with the nearest valid name unless ``value`` is one of ``choices``."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, 1, 0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(key, value, f"must be one of {', '.join(choices)}.{hint}")
+
+
+def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    for spec in fields(node):
+        value, key = getattr(node, spec.name), prefix + spec.name
+        if is_dataclass(value):
+            yield from _walk(value, key + ".")
+            continue
+        yield key, spec, value
+        if isinstance(value, list):
+            for position, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from _walk(item, f"{key}[{position}].")
+
+
+def _check_value(key: str, spec: Field[Any], value: Any) -> None:
+    low, above, high, choices = (spec.metadata.get(k) for k in ("low", "above", "high", "choices"))
+    for item in value if isinstance(value, list) else [value]:
+        if choices and isinstance(item, str):
+            choose(key, item, choices)
+        if not isinstance(item, int | float):
+            continue
+        if low is not None and item < low:
+            raise UserError(key, item, f"must be at least {low}.")
+        if above is not None and item <= above:
+            raise UserError(key, item, f"must be above {above}.")
+        if high is not None and item > high:
+            raise UserError(key, item, f"must be at most {high}.")
+
+
+def _check_together(config: Config) -> None:
+    clients, levels, cluster = config.clients, config.levels, config.cluster
+    if clients.per_round > clients.count:
+        raise UserError("clients.per_round", clients.per_round, f"there are only {clients.count} clients (clients.count).")
+    if config.evaluate.clients is not None and config.evaluate.clients > clients.count:
+        raise UserError("evaluate.clients", config.evaluate.clients, f"there are only {clients.count} clients.")
+    if isinstance(cluster.pools, str):
+        choose("cluster.pools", cluster.pools, ("auto",))
+    elif cluster.pools < 1:
+        raise UserError("cluster.pools", cluster.pools, "must be auto or at least 1.")
+    if cluster.gpus_per_pool > 1 and cluster.gpus_per_pool % 1:
+        raise UserError("cluster.gpus_per_pool", cluster.gpus_per_pool, "above 1 it must be a whole number.")
+    _check_levels(levels, clients.count)
+
+
+def _check_levels(levels: LevelsConfig, clients: int) -> None:
+    ratios = levels.ratios
+    if ratios is not None and (not ratios or ratios[-1] != 1 or min(ratios) <= 0 or sorted(ratios) != ratios):
+        raise UserError("levels.ratios", ratios, "must rise from above 0 to exactly 1, e.g. [0.25,0.5,1].")
+    if levels.budgets is not None:
+        if len(levels.budgets) != clients:
+            raise UserError("levels.budgets", f"{len(levels.budgets)} values", f"must have one value per client ({clients}).")
+        if min(levels.budgets) <= 0 or max(levels.budgets) < 1:
+            raise UserError("levels.budgets", max(levels.budgets), "must be positive, and one client must afford the full model (1).")
+        if levels.ratios is not None or levels.shares is not None:
+            raise UserError("levels.budgets", "given", "excludes levels.ratios and levels.shares: budgets decide both.")
+    count = level_count(levels)
+    if levels.pairs is not None and ratios is not None and len(levels.pairs) != len(ratios):
+        raise UserError("levels.pairs", f"{len(levels.pairs)} pairs", f"must be as many as levels.ratios ({len(ratios)}).")
+    shares = levels.shares
+    if shares is not None and (len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+        raise UserError("levels.shares", shares, f"must be {count} shares that sum to 1, one a level.")
+
+
+def level_count(levels: LevelsConfig) -> int:
+    if levels.pairs is not None:
+        return len(levels.pairs)
+    return len(levels.ratios) if levels.ratios is not None else levels.count
