@@ -56,15 +56,21 @@ class LevelsConfig:
     """Which submodel sizes exist and who gets which (ScaleFL, section 3.1)."""
 
     count: int = option(4, "levels, when neither ratios nor pairs are given", low=1)
-    ratios: list[float] | None = option(None, "budget of each level as a share of the full model, rising to 1")
-    budgets: list[float] | None = option(None, "budget of each client as a share of the full model; clustered")
+    ratios: list[float] | None = option(
+        None, "budget of each level as a share of the full model, rising to 1"
+    )
+    budgets: list[float] | None = option(
+        None, "budget of each client as a share of the full model; clustered"
+    )
     pairs: list[PairConfig] | None = option(None, "the split of each level; no search")
     shares: list[float] | None = option(None, "share of the clients at each level; equal when not given")
     tolerance: float = option(0.1, "how far a level's cost may be from its budget, relative", low=0)
     metric: str = option("params", "what a budget counts", choices=("params", "macs", "both"))
     rounding: str = option("floor", "channels kept = rounding(width x channels)", choices=("floor", "ceil"))
     tie_break: list[str] = option(
-        ["ratio", "wider", "deeper"], "order of preference among equal imbalances", choices=("ratio", "wider", "deeper")
+        ["ratio", "wider", "deeper"],
+        "order of preference among equal imbalances",
+        choices=("ratio", "wider", "deeper"),
     )
     grid: GridConfig = option(GridConfig, "candidates of the search")
 
@@ -91,10 +97,14 @@ class PartitionConfig:
 
 @dataclass
 class DataConfig:
-    name: str = option("digits", "data set", choices=("digits", "mnist", "fashion_mnist", "cifar10", "cifar100"))
+    name: str = option(
+        "digits", "data set", choices=("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+    )
     root: str = option("data", "folder that holds, or is to hold, the data sets")
     download: bool = option(True, "download what is missing")
-    held_out: int = option(0, "training samples set aside, spread over the clients, for evaluation during a run", low=0)
+    held_out: int = option(
+        0, "training samples set aside, spread over the clients, for evaluation during a run", low=0
+    )
     augment: bool = option(True, "random crop and flip where the data set has them")
     partition: PartitionConfig = option(PartitionConfig, "")
 
@@ -159,7 +169,9 @@ class RunConfig:
 @dataclass
 class Config:
     method: str = option("scalefl", "a method of `cluster_fl.methods`")
-    variant: str = option("default", "where a paper and its code differ", choices=("default", "paper", "released"))
+    variant: str = option(
+        "default", "where a paper and its code differ", choices=("default", "paper", "released")
+    )
     seed: int = option(0, "everything random follows from it", low=0)
     rounds: int = option(10, "communication rounds", low=1)
     options: Any = option({}, "the method's own options")
@@ -227,9 +239,13 @@ def _check_value(key: str, spec: Field[Any], value: Any) -> None:
 def _check_together(config: Config) -> None:
     clients, levels, cluster = config.clients, config.levels, config.cluster
     if clients.per_round > clients.count:
-        raise UserError("clients.per_round", clients.per_round, f"there are only {clients.count} clients (clients.count).")
+        raise UserError(
+            "clients.per_round", clients.per_round, f"there are only {clients.count} clients (clients.count)."
+        )
     if config.evaluate.clients is not None and config.evaluate.clients > clients.count:
-        raise UserError("evaluate.clients", config.evaluate.clients, f"there are only {clients.count} clients.")
+        raise UserError(
+            "evaluate.clients", config.evaluate.clients, f"there are only {clients.count} clients."
+        )
     if isinstance(cluster.pools, str):
         choose("cluster.pools", cluster.pools, ("auto",))
     elif cluster.pools < 1:
@@ -245,14 +261,26 @@ def _check_levels(levels: LevelsConfig, clients: int) -> None:
         raise UserError("levels.ratios", ratios, "must rise from above 0 to exactly 1, e.g. [0.25,0.5,1].")
     if levels.budgets is not None:
         if len(levels.budgets) != clients:
-            raise UserError("levels.budgets", f"{len(levels.budgets)} values", f"must have one value per client ({clients}).")
+            raise UserError(
+                "levels.budgets",
+                f"{len(levels.budgets)} values",
+                f"must have one value per client ({clients}).",
+            )
         if min(levels.budgets) <= 0 or max(levels.budgets) < 1:
-            raise UserError("levels.budgets", max(levels.budgets), "must be positive, and one client must afford the full model (1).")
+            raise UserError(
+                "levels.budgets",
+                max(levels.budgets),
+                "must be positive, and one client must afford the full model (1).",
+            )
         if levels.ratios is not None or levels.shares is not None:
-            raise UserError("levels.budgets", "given", "excludes levels.ratios and levels.shares: budgets decide both.")
+            raise UserError(
+                "levels.budgets", "given", "excludes levels.ratios and levels.shares: budgets decide both."
+            )
     count = level_count(levels)
     if levels.pairs is not None and ratios is not None and len(levels.pairs) != len(ratios):
-        raise UserError("levels.pairs", f"{len(levels.pairs)} pairs", f"must be as many as levels.ratios ({len(ratios)}).")
+        raise UserError(
+            "levels.pairs", f"{len(levels.pairs)} pairs", f"must be as many as levels.ratios ({len(ratios)})."
+        )
     shares = levels.shares
     if shares is not None and (len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
         raise UserError("levels.shares", shares, f"must be {count} shares that sum to 1, one a level.")

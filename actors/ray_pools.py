@@ -1,0 +1,126 @@
+"""Client pools as Ray actors.
+
+A pool is a plain object in an actor that is never restarted by Ray: the driver sees every death, starts
+another pool and sends the task again, so a retry is counted and bounded. Tasks are pure functions of
+themselves and the state, so a repeated one returns the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from actors.placement import pool_count
+from actors.pools import Usage, longest_first
+from cluster_fl.config import Config
+from cluster_fl.data.datasets import Dataset
+from cluster_fl.data.partition import Shares
+from cluster_fl.errors import ClusterFLError, RunError
+from cluster_fl.experiment import Experiment
+from cluster_fl.nesting.plan import Plan, State
+from cluster_fl.training.worker import Outcome, Task, Worker
+
+Result = TypeVar("Result")
+
+
+class Pool:
+    """One actor: a worker on the device that Ray assigned."""
+
+    def __init__(self, config: Config, plan: Plan, dataset: Dataset, shares: Shares) -> None:
+        torch.set_num_threads(1)
+        self._worker = Worker(config, plan, dataset, shares, _device())
+
+    def execute(self, task: Task[Result], state: Mapping[str, np.ndarray]) -> Outcome[Result]:
+        return self._worker.execute(task, state)
+
+
+def _device() -> torch.device:
+    # By what Ray assigned: a CPU-only actor on a GPU node sees every GPU.
+    assigned = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return torch.device("cuda", 0) if assigned and torch.cuda.is_available() else torch.device("cpu")
+
+
+class RayPools:
+    """The pools of one run. What they share is put once and owned by the caller (the driver)."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._cluster = experiment.config.cluster
+        self.count, self.usage, self.retries = pool_count(self._cluster), Usage(), 0
+        shared = (experiment.config, experiment.plan, experiment.dataset, experiment.population.shares)
+        self._shared = [ray.put(part) for part in shared]
+        self._idle = [self._start() for _ in range(self.count)]
+
+    def publish(self, state: State) -> Any:
+        return ray.put(state)
+
+    def execute(self, tasks: Sequence[Task[Result]], state: Any) -> Iterator[tuple[int, Outcome[Result]]]:
+        queue, attempts = deque(longest_first(tasks)), [0] * len(tasks)
+        running: dict[Any, tuple[Any, int]] = {}
+        last_done: dict[Any, float] = dict.fromkeys(self._idle, time.perf_counter())
+        while queue or running:
+            while queue and self._idle:
+                pool, position = self._idle.pop(), queue.popleft()
+                running[pool.execute.remote(tasks[position], state)] = pool, position
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            pool, position = running.pop(done)
+            try:
+                outcome = ray.get(done)
+            except (RayActorError, ObjectLostError) as error:
+                attempts[position] += 1
+                self._give_up_after(attempts[position], tasks[position], error)
+                queue.appendleft(position)
+                last_done.pop(pool, None)
+                pool = self._start()
+            except RayTaskError as error:
+                raise task_error(error, tasks[position]) from None
+            else:
+                self.usage.busy_s += outcome.seconds
+                yield position, outcome
+            last_done[pool] = time.perf_counter()
+            self._idle.append(pool)
+        end = time.perf_counter()
+        self.usage.tail_s += sum(end - at for at in last_done.values())
+
+    def close(self) -> None:
+        for pool in self._idle:
+            ray.kill(pool)
+
+    def _start(self) -> Any:
+        options = {
+            "num_cpus": self._cluster.cpus_per_pool,
+            "num_gpus": self._cluster.gpus_per_pool,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            # Inside a placement group (a sweep's trial) its bundles decide instead.
+            "scheduling_strategy": None if ray.util.get_current_placement_group() else "SPREAD",
+        }
+        return ray.remote(Pool).options(**options).remote(*self._shared)
+
+    def _give_up_after(self, attempts: int, task: Task[Any], error: Exception) -> None:
+        self.retries += 1
+        if attempts > self._cluster.retries:
+            raise RunError(
+                f"{describe(task)}: its pool died {attempts} times (cluster.retries={self._cluster.retries}): "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+
+def task_error(error: RayTaskError, task: Task[Any]) -> ClusterFLError:
+    """What a task raised in its pool, as the one line that reaches the user."""
+    cause = error.cause
+    if isinstance(cause, ClusterFLError):
+        return cause
+    return RunError(f"{describe(task)}: {type(cause).__name__}: {cause}")
+
+
+def describe(task: Task[Any]) -> str:
+    clients = getattr(task, "clients", ())
+    level = getattr(task, "level", "?")
+    return f"{type(task).__name__.lower()} of level {level}, clients {', '.join(map(str, clients)) or '-'}"

@@ -1,0 +1,83 @@
+"""Connects to a Ray cluster, or starts one of its own, and runs a driver actor on it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.driver import Driver
+from actors.events import Event
+from actors.ray_pools import RayPools
+from cluster_fl.config import ClusterConfig, Config
+from cluster_fl.errors import ClusterFLError, RunError
+from cluster_fl.records import RunFolder
+
+
+class Session:
+    """A driver actor as seen by its caller."""
+
+    def __init__(self, config: Config, folder: RunFolder, resume: bool) -> None:
+        # Two threads, so that `stop` is answered while `run` runs; no CPU of its own, since it mostly waits.
+        actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2)
+        self._driver = actor.remote(config, folder, RayPools, resume)
+
+    def run(self) -> Iterator[Event]:
+        """The driver's events; raises what it raises."""
+        try:
+            for event in self._driver.run.options(num_returns="streaming").remote():
+                yield ray.get(event)
+        except RayTaskError as error:
+            if isinstance(error.cause, ClusterFLError):
+                raise error.cause from None
+            raise RunError(f"the driver failed: {type(error.cause).__name__}: {error.cause}") from error
+        except RayActorError as error:
+            raise RunError(f"the driver died: {str(error).splitlines()[0]}") from None
+
+    def stop(self) -> int:
+        rounds: int = ray.get(self._driver.stop.remote(), timeout=60)
+        return rounds
+
+
+@contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[None]:
+    """A Ray cluster for the length of a ``with``: an existing one, or one of our own that ends with it."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            ray.init(address="local", include_dashboard=False, **own_resources(cluster), **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"cannot connect to Ray at {address or 'local'}: {str(error).splitlines()[0]}"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def own_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """What a cluster of our own declares: this machine, or more where the pools ask for it."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if isinstance(cluster.pools, str):
+        return {"num_cpus": max(cores, math.ceil(cluster.cpus_per_pool))}
+    resources = {"num_cpus": max(cores, math.ceil(cluster.pools * cluster.cpus_per_pool))}
+    if cluster.gpus_per_pool:
+        each = cluster.gpus_per_pool
+        resources["num_gpus"] = (
+            math.ceil(cluster.pools / int(1 / each + 1e-9)) if each <= 1 else cluster.pools * each
+        )
+    return resources

@@ -1,0 +1,133 @@
+"""From YAML files and ``key=value`` overrides to one checked configuration."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster_fl import methods
+from cluster_fl.config import Config, check, choose
+from cluster_fl.errors import UserError
+
+# Keys that change how fast or where a run happens, never what it computes.
+INCIDENTAL = ("cluster", "checkpoint", "run")
+
+
+def compose(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Config:
+    """Merges, later over earlier: the schema, the variant's preset, the files in order, the overrides.
+
+    Raises:
+        UserError: a file is missing or no YAML, a key is unknown (with the nearest valid one), a value has
+            the wrong type or is out of range.
+    """
+    layers = [_read(Path(file)) for file in files] + [_parse(override) for override in overrides]
+    user = DictConfig({})
+    for layer in layers:
+        user = _merge(user, layer, layer)
+    name = str(user.get("method", Config.method))
+    variant = str(user.get("variant", Config.variant))
+    method = methods.get(name)
+    choose("variant", variant, ("default", "paper", "released"))
+    schema = OmegaConf.structured(Config)
+    schema.options = OmegaConf.structured(method.options)
+    preset = OmegaConf.create(dict(method.variants.get(variant, {})))
+    config = _merge(schema, preset, preset)
+    for layer in layers:
+        config = _merge(config, layer, layer)
+    result = _to_object(config)
+    check(result)
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def fingerprint(config: Config) -> str:
+    """Hash of everything that decides the run's bits; where and how fast it runs is not part of it."""
+    content = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("CONFIG", path, f"cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UserError("CONFIG", path, f"is not valid YAML{line}.") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError("CONFIG", path, "must hold keys and values.")
+    return OmegaConf.create(content)
+
+
+def _parse(override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError("argument", override, "must be key=value, e.g. rounds=20.")
+    if value == "":
+        raise UserError(key, "", "needs a value; null unsets an option.")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError):
+        raise UserError(key, value, "cannot be parsed.") from None
+
+
+def _merge(base: DictConfig, layer: Any, source: Any) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, layer)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise _explain(error, base, OmegaConf.to_container(source)) from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _explain(error: Exception, base: DictConfig, source: Any) -> UserError:
+    """OmegaConf's complaint as one line: key, value, and what would be right."""
+    key = str(getattr(error, "full_key", None) or "configuration")
+    value = _lookup(source, key)
+    parent, _, leaf = key.rpartition(".")
+    node = _lookup(base, parent) if parent else base
+    valid = [str(k) for k in node] if isinstance(node, DictConfig | Mapping) else []
+    if valid and leaf not in valid:
+        near = difflib.get_close_matches(leaf, valid, 1, 0.5)
+        hint = (
+            f"Did you mean {f'{parent}.' if parent else ''}{near[0]}?"
+            if near
+            else f"Valid: {', '.join(valid)}."
+        )
+        return UserError(key, value, f"is not an option. {hint}")
+    return UserError(key, value, str(error).split("\n")[0].rstrip(".") + ".")
+
+
+def _lookup(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(node, DictConfig | Mapping) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def _to_object(config: DictConfig) -> Config:
+    try:
+        OmegaConf.resolve(config)
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "configuration")
+        raise UserError(key, "?", str(error).split("\n")[0]) from None
+    assert isinstance(result, Config)
+    return result

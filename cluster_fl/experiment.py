@@ -1,0 +1,77 @@
+"""Everything that a configuration determines before the first round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster_fl import methods
+from cluster_fl.config import Config
+from cluster_fl.data import datasets
+from cluster_fl.data.datasets import Dataset
+from cluster_fl.data.partition import partition
+from cluster_fl.errors import RunError
+from cluster_fl.methods import Setting
+from cluster_fl.models.spec import ModelSpec
+from cluster_fl.nesting import levels
+from cluster_fl.nesting.cost import count
+from cluster_fl.nesting.extraction import extract, read
+from cluster_fl.nesting.plan import Plan, State
+from cluster_fl.population import Population
+from cluster_fl.seeding import Purpose, generator, sequence
+from cluster_fl.timing.clock import Devices
+
+
+@dataclass(frozen=True)
+class Experiment:
+    config: Config
+    dataset: Dataset
+    plan: Plan
+    population: Population
+
+    def initial_state(self) -> State:
+        """The first global weights, float32, by name."""
+        return self.plan.initial_state(read(self.plan.model.build()))
+
+
+def prepare(config: Config) -> Experiment:
+    """Loads the data, plans the split and spreads the data over the clients.
+
+    Raises:
+        UserError: the data is missing, the split is impossible, a level has no client, ...
+    """
+    plan = make_plan(config, datasets.describe(config.data))
+    dataset = datasets.load(config.data)
+    shares = partition(dataset, config.data, config.clients.count, config.seed)
+    population = Population(shares, plan.level_of, Devices.by_level(config.time, plan.level_of))
+    return Experiment(config, dataset, plan, population)
+
+
+def make_plan(config: Config, shape: tuple[tuple[int, int, int], int]) -> Plan:
+    """The split configuration alone; needs the samples' shape and the number of classes, not the data."""
+    level_of = levels.assign(config.levels, config.clients.count, generator(config.seed, Purpose.LEVELS))
+    plan = methods.get(config.method).plan(Setting(config, _model(config, *shape), level_of))
+    _verify(plan)
+    return plan
+
+
+def _model(config: Config, input_shape: tuple[int, int, int], classes: int) -> ModelSpec:
+    return ModelSpec(
+        name=config.model.name,
+        input_shape=input_shape,
+        classes=classes,
+        seed=int(sequence(config.seed, Purpose.INIT).generate_state(1, np.uint32)[0]),
+        norm=config.model.norm,
+        exit_head=config.model.exit_head,
+        options=dict(config.model.options),
+    )
+
+
+def _verify(plan: Plan) -> None:
+    """The costs that the search added up must be what fvcore counts on each level's real module."""
+    model = plan.model.build()
+    for level in plan.levels:
+        counted = count(extract(model, plan.anatomy, level.submodel), plan.model.input_shape)
+        if counted != level.cost:
+            raise RunError(f"level {level.number}: planned {level.cost}, but fvcore counts {counted}.")

@@ -1,0 +1,129 @@
+"""The ``cluster-fl`` command.
+
+Exit codes: 0; 2 for a user's mistake (one line on stderr); 1 for a failure (one line and where the log is);
+130 for Ctrl-C, after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster_fl.errors import ClusterFLError, UserError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.command(args)
+        return code
+    except UserError as error:
+        return _fail(str(error), 2)
+    except ClusterFLError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        log = Path("cluster-fl-error.log")
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        return _fail(f"unexpected {type(error).__name__}: {error}. The full report is in {log.resolve()}.", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print("cluster-fl: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# The heavy imports (torch, ray) wait until a command needs them, so that --help answers at once.
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ops.commands import run
+
+    return run(args)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from ops.commands import resume
+
+    return resume(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ops.commands import plan
+
+    return plan(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cluster-fl", description="Simulates heterogeneous federated learning with nested submodels."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add(
+        commands,
+        "run",
+        _run,
+        "Train the experiment that YAML files and overrides describe.",
+        "cluster-fl run configs/scalefl_cifar10.yaml data.root=data rounds=2",
+        ("config", "CONFIG", "YAML files, later ones over earlier, and key=value overrides"),
+        debug=True,
+    )
+    _add(
+        commands,
+        "plan",
+        _plan,
+        "Show the split configuration alone: levels, costs and the search's candidates.",
+        "cluster-fl plan configs/scalefl_cifar10.yaml levels.tolerance=0.05",
+        ("config", "CONFIG", "YAML files and key=value overrides"),
+        json=True,
+    )
+    _add(
+        commands,
+        "resume",
+        _resume,
+        "Go on with a run from its last complete round.",
+        "cluster-fl resume runs/quickstart cluster.pools=1",
+        ("folder", "RUN_DIR", "the run's folder, and overrides of cluster.* and checkpoint.*"),
+        debug=True,
+    )
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    command: Command,
+    about: str,
+    example: str,
+    argument: tuple[str, str, str],
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
+    dest, metavar, help_text = argument
+    parser.add_argument(dest, metavar=metavar, nargs="+", help=help_text)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    if debug:
+        parser.add_argument("--debug", action="store_true", help="one pool in this process, without Ray")
+    parser.set_defaults(command=command)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's complaints as one line, like every other mistake."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What the commands do. Each takes the parsed arguments and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from actors.events import Event, Finished
+from cluster_fl import experiment
+from cluster_fl.compose import INCIDENTAL, compose
+from cluster_fl.config import Config, DataConfig
+from cluster_fl.data import datasets
+from cluster_fl.errors import UserError
+from cluster_fl.records import RunFolder
+from ops import tables
+from ops.progress import Screen
+
+
+class Runner(Protocol):
+    """A driver, here or in an actor."""
+
+    def run(self) -> Iterator[Event]: ...
+
+    def stop(self) -> int: ...
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _absolute(compose(*_split(args.config)))
+    folder = RunFolder(Path(config.run.root) / (config.run.name or _name(config, args.config)))
+    folder.refuse_existing()
+    return _drive(config, folder, args, resume=False)
+
+
+def resume(args: argparse.Namespace) -> int:
+    path, *overrides = args.folder
+    folder = RunFolder(Path(path).resolve())
+    for override in overrides:
+        section = override.partition("=")[0].partition(".")[0]
+        if section not in INCIDENTAL or section == "run":
+            raise UserError(
+                override.partition("=")[0],
+                override.partition("=")[2],
+                "cannot change in a run that has begun; only cluster.* and checkpoint.* can.",
+            )
+    config = folder.config(overrides)
+    summary = folder.summary()
+    if summary is not None:
+        _show(args, folder, summary)
+        return 0
+    return _drive(config, folder, args, resume=True)
+
+
+def plan(args: argparse.Namespace) -> int:
+    config = compose(*_split(args.config))
+    made = experiment.make_plan(config, datasets.describe(config.data))
+    if args.json:
+        print(json.dumps(made.as_json(), indent=2))
+    elif not args.quiet:
+        tables.show_plan(made, config)
+    return 0
+
+
+def _drive(config: Config, folder: RunFolder, args: argparse.Namespace, resume: bool) -> int:
+    with ExitStack() as stack:
+        runner = _runner(stack, config, folder, args.debug, resume)
+        screen = stack.enter_context(Screen(config.rounds, args.quiet))
+        try:
+            for event in runner.run():
+                screen.show(event)
+                if isinstance(event, Finished):
+                    summary = event.summary
+        except KeyboardInterrupt:
+            rounds = runner.stop()
+            screen.close()
+            kept = (
+                f"{rounds} of {config.rounds} rounds are kept; go on with `cluster-fl resume {folder.path}`"
+            )
+            raise KeyboardInterrupt(kept if rounds else "no round was complete") from None
+    _show(args, folder, summary)
+    return 0
+
+
+def _runner(stack: ExitStack, config: Config, folder: RunFolder, debug: bool, resume: bool) -> Runner:
+    if debug:
+        from actors.driver import Driver
+        from actors.pools import InlinePools
+
+        return Driver(config, folder, InlinePools, resume)
+    from actors.session import Session, connected
+
+    stack.enter_context(connected(config.cluster))
+    return Session(config, folder, resume)
+
+
+def _show(args: argparse.Namespace, folder: RunFolder, summary: dict[str, Any]) -> None:
+    if not args.quiet:
+        tables.show_summary(folder.plan(), summary, folder.path)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Files are what has no '=': they may stand anywhere before or between overrides."""
+    files = [a for a in arguments if "=" not in a]
+    if not files:
+        raise UserError("CONFIG", "", "name at least one YAML file, e.g. configs/quickstart.yaml.")
+    return files, [a for a in arguments if "=" in a]
+
+
+def _absolute(config: Config) -> Config:
+    """Paths as the user meant them, wherever the driver runs."""
+    data: DataConfig = replace(config.data, root=os.path.abspath(config.data.root))
+    return replace(config, data=data, run=replace(config.run, root=os.path.abspath(config.run.root)))
+
+
+def _name(config: Config, arguments: list[str]) -> str:
+    stem = Path(next(a for a in arguments if "=" not in a)).stem
+    return f"{stem}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
