@@ -2,9 +2,10 @@
 
     argmin |s_d - s_w|   subject to   |cost(s_d, s_w) / (r_l cost(M)) - 1| <= tolerance
 
-on a grid of depths and widths, where each level is deeper than the one below or has full depth. ``cost`` counts the exit heads up to and including the level's own, and
-``cost(M)`` the plain full model; with both, depths every sixth block and widths every 0.05, the published
-pairs of Table 1 come out (and with no other reading that was tried).
+on a grid of depths and widths, where each level is deeper than the one below or has full depth. ``cost``
+counts the exit heads up to and including the level's own, and ``cost(M)`` the plain full model; with both,
+depths every sixth block and widths every 0.05, the published pairs of Table 1 come out (and with no other
+reading that was tried).
 """
 
 from __future__ import annotations
