@@ -37,6 +37,9 @@ class Pool:
         torch.set_num_threads(1)
         self._worker = Worker(config, plan, dataset, shares, _device())
 
+    def ready(self) -> None:
+        """Answers once the worker stands."""
+
     def execute(self, task: Task[Result], state: Mapping[str, np.ndarray]) -> Outcome[Result]:
         return self._worker.execute(task, state)
 
@@ -56,6 +59,8 @@ class RayPools:
         shared = (experiment.config, experiment.plan, experiment.dataset, experiment.population.shares)
         self._shared = [ray.put(part) for part in shared]
         self._idle = [self._start() for _ in range(self.count)]
+        # Imports and data are nobody's round.
+        ray.get([pool.ready.remote() for pool in self._idle])
 
     def publish(self, state: State) -> Any:
         return ray.put(state)

@@ -178,7 +178,6 @@ def _model(
     model = worker.module(level) if statistics is None else worker.fresh(level)
     load(model, worker.plan.received(state, level))
     if statistics is not None:
-        norm.start_collecting(model)
         norm.set_statistics(model, {name: torch.tensor(value) for name, value in statistics.items()})
     return model.eval()
 

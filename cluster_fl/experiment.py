@@ -21,6 +21,7 @@ from cluster_fl.nesting.plan import Plan, State
 from cluster_fl.population import Population
 from cluster_fl.seeding import Purpose, generator, sequence
 from cluster_fl.timing.clock import Devices
+from cluster_fl.training.program import LocalProgram
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Experiment:
     dataset: Dataset
     plan: Plan
     population: Population
+
+    def program(self) -> LocalProgram:
+        """What every client runs."""
+        return methods.get(self.config.method).program(self.config, self.plan)
 
     def initial_state(self) -> State:
         """The first global weights, float32, by name."""

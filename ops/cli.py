@@ -7,6 +7,7 @@ Exit codes: 0; 2 for a user's mistake (one line on stderr); 1 for a failure (one
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +19,14 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse alone would not take `run a.yaml --quiet rounds=2`: what it leaves over are more positionals.
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}")
+    args.words += rest
+    # The user's own modules (`model.name: package.module:function`) lie where the command is called.
+    sys.path.insert(0, os.getcwd())
     try:
         code: int = args.command(args)
         return code
@@ -73,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         _run,
         "Train the experiment that YAML files and overrides describe.",
         "cluster-fl run configs/scalefl_cifar10.yaml data.root=data rounds=2",
-        ("config", "CONFIG", "YAML files, later ones over earlier, and key=value overrides"),
+        ("CONFIG", "YAML files, later ones over earlier, and key=value overrides"),
         debug=True,
     )
     _add(
@@ -82,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         _plan,
         "Show the split configuration alone: levels, costs and the search's candidates.",
         "cluster-fl plan configs/scalefl_cifar10.yaml levels.tolerance=0.05",
-        ("config", "CONFIG", "YAML files and key=value overrides"),
+        ("CONFIG", "YAML files and key=value overrides"),
         json=True,
     )
     _add(
@@ -91,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         _resume,
         "Go on with a run from its last complete round.",
         "cluster-fl resume runs/quickstart cluster.pools=1",
-        ("folder", "RUN_DIR", "the run's folder, and overrides of cluster.* and checkpoint.*"),
+        ("RUN_DIR", "the run's folder, and overrides of cluster.* and checkpoint.*"),
         debug=True,
     )
     return parser
@@ -103,13 +111,13 @@ def _add(
     command: Command,
     about: str,
     example: str,
-    argument: tuple[str, str, str],
+    argument: tuple[str, str],
     json: bool = False,
     debug: bool = False,
 ) -> None:
     parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
-    dest, metavar, help_text = argument
-    parser.add_argument(dest, metavar=metavar, nargs="+", help=help_text)
+    metavar, help_text = argument
+    parser.add_argument("words", metavar=metavar, nargs="+", help=help_text)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     if json:
         parser.add_argument("--json", action="store_true", help="print JSON for machines")

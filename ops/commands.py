@@ -32,14 +32,14 @@ class Runner(Protocol):
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _absolute(compose(*_split(args.config)))
-    folder = RunFolder(Path(config.run.root) / (config.run.name or _name(config, args.config)))
+    config = _absolute(compose(*_split(args.words)))
+    folder = RunFolder(Path(config.run.root) / (config.run.name or _name(config, args.words)))
     folder.refuse_existing()
     return _drive(config, folder, args, resume=False)
 
 
 def resume(args: argparse.Namespace) -> int:
-    path, *overrides = args.folder
+    path, *overrides = args.words
     folder = RunFolder(Path(path).resolve())
     for override in overrides:
         section = override.partition("=")[0].partition(".")[0]
@@ -58,7 +58,7 @@ def resume(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    config = compose(*_split(args.config))
+    config = compose(*_split(args.words))
     made = experiment.make_plan(config, datasets.describe(config.data))
     if args.json:
         print(json.dumps(made.as_json(), indent=2))

@@ -1,0 +1,116 @@
+"""What a recorded run's rounds cost beside training and evaluation, and what plain PyTorch would have cost.
+
+    python -m ops.overhead RUN_DIR [--plain]
+
+For each round: seconds, the share of the pools' time spent in tasks, idle at the tail of a phase, and in
+everything else (dispatch, transfer, aggregation, records, checkpoints). ``--plain`` trains the last
+recorded round's participants once more without Ray, cohorts or partial sums: one process a pool, the
+clients dealt longest first, an ordinary loop over batches in torch's default memory layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster_fl import experiment
+from cluster_fl.config import Config
+from cluster_fl.data.batching import Resident, batch_sizes
+from cluster_fl.nesting.extraction import extract
+from cluster_fl.records import RunFolder
+from cluster_fl.seeding import Purpose, torch_generator
+from cluster_fl.training.program import SGD
+from cluster_fl.training.schedule import learning_rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--plain", action="store_true")
+    args = parser.parse_args()
+    folder = RunFolder(args.folder)
+    records = list(folder.rounds())
+    print("round  seconds  tasks   tail   rest   (tasks + tail + rest = 100 % of the pools' time)")
+    for record in records:
+        wall = record["wall"]
+        seconds = sum(wall["phases"].values())
+        total = seconds * wall["pools"]
+        rest = total - wall["busy_s"] - wall["tail_s"]
+        shares = (f"{part / total:6.2%}" for part in (wall["busy_s"], wall["tail_s"], rest))
+        print(f"{record['round']:5d} {seconds:8.2f} ", " ".join(shares))
+    if args.plain:
+        wall = records[-1]["wall"]
+        plain = plain_seconds(folder.config(), records[-1], wall["pools"])
+        ours = wall["phases"]["train"]
+        print(f"training of round {records[-1]['round']}: {ours:.2f} s; plain PyTorch, {wall['pools']} processes: "
+              f"{plain:.2f} s; ratio {ours / plain:.3f}")  # fmt: skip
+
+
+def plain_seconds(config: Config, record: dict[str, Any], processes: int) -> float:
+    """Wall-clock seconds of the slowest process; imports, data and models are there before it starts."""
+    prepared = experiment.prepare(config)
+    work = sorted(
+        record["participants"],
+        key=lambda p: (
+            -prepared.plan.level(p["level"]).cost.macs * len(prepared.population.shares.train[p["client"]])
+        ),
+    )
+    loads, dealt = [0.0] * processes, [[] for _ in range(processes)]  # type: list[float], list[list[int]]
+    for participant in work:
+        least = loads.index(min(loads))
+        macs = prepared.plan.level(participant["level"]).cost.macs
+        loads[least] += macs * len(prepared.population.shares.train[participant["client"]])
+        dealt[least].append(participant["client"])
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes)
+    with context.Pool(processes, _keep, (barrier,)) as pool:
+        return max(
+            pool.starmap(_train, [(config, record["round"], clients) for clients in dealt], chunksize=1)
+        )
+
+
+def _keep(barrier: Any) -> None:
+    globals()["_barrier"] = barrier
+
+
+def _train(config: Config, number: int, clients: Sequence[int]) -> float:
+    torch.set_num_threads(1)
+    prepared = experiment.prepare(config)
+    plan, population = prepared.plan, prepared.population
+    data, model = Resident(prepared.dataset, torch.device("cpu")), plan.model.build()
+    models = {level.number: extract(model, plan.anatomy, level.submodel) for level in plan.levels}
+    program = prepared.program()
+    assert isinstance(program, SGD)
+    globals()["_barrier"].wait()
+    start = time.perf_counter()
+    for client in clients:
+        local = copy.deepcopy(models[int(population.level_of[client])]).train()
+        train = config.train
+        optimiser = torch.optim.SGD(
+            local.parameters(), learning_rate(train, number, config.rounds), train.momentum,
+            weight_decay=train.weight_decay,
+        )  # fmt: skip
+        rows = population.shares.train[client]
+        generator = torch_generator(config.seed, Purpose.TRAIN, number, client)
+        for _ in range(train.epochs):
+            inputs, labels = data.epoch(rows, generator)
+            sizes = batch_sizes(len(rows), train.batch_size, program.smallest_batch)
+            for x, y in zip(inputs.split(sizes), labels.split(sizes), strict=True):
+                loss = program.objective(local(x.contiguous()), y, number / config.rounds)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
