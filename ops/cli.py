@@ -10,15 +10,17 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from cluster_fl.errors import ClusterFLError, UserError
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if not sys.warnoptions:
+        # Libraries' notices to their developers are none of the user's business.
+        warnings.simplefilter("ignore")
     parser = _parser()
     # argparse alone would not take `run a.yaml --quiet rounds=2`: what it leaves over are more positionals.
     args, rest = parser.parse_known_args(argv)
@@ -30,18 +32,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.command(args)
         return code
-    except UserError as error:
-        return _fail(str(error), 2)
-    except ClusterFLError as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", 130)
     except BrokenPipeError:
         return 1
     except Exception as error:
-        log = Path("cluster-fl-error.log")
-        log.write_text(traceback.format_exc(), encoding="utf-8")
-        return _fail(f"unexpected {type(error).__name__}: {error}. The full report is in {log.resolve()}.", 1)
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    from cluster_fl.errors import ClusterFLError, UserError
+
+    if isinstance(error, ClusterFLError):
+        return _fail(str(error), 2 if isinstance(error, UserError) else 1)
+    log = Path("cluster-fl-error.log")
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return _fail(f"unexpected {type(error).__name__}: {error}. The full report is in {log.resolve()}.", 1)
 
 
 def _fail(message: str, code: int) -> int:

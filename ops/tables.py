@@ -12,14 +12,14 @@ from rich.table import Table
 from cluster_fl.config import Config
 from cluster_fl.nesting.plan import Plan
 
-CANDIDATES = 5
+CANDIDATES = 8
 
 
 def show_plan(plan: Plan, config: Config, console: Console | None = None) -> None:
     """The levels, and what else the search could have chosen for each."""
     console = console or _console()
     metric = config.levels.metric
-    table = _table("level", "width", "depth", "exits", "params", "MACs", "bytes", "of full", "clients")
+    table = _table("level", "width", "depth", "exits", "params", "MACs", "bytes", "cost / full", "clients")
     for level in plan.as_json()["levels"]:
         table.add_row(
             str(level["level"]), f"{level['width']:g}", str(level["depth"]), " ".join(map(str, level["exits"])),

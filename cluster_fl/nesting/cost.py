@@ -7,19 +7,24 @@ a real module; the tests hold the two together to the unit.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import nn
 
 from cluster_fl.nesting.anatomy import Anatomy, place
 from cluster_fl.nesting.submodel import Submodel, kept, lengths
 from cluster_fl.nesting.tracing import BATCH, state_tensors
 from cluster_fl.nesting.wires import Axis
+
+with warnings.catch_warnings():
+    # At its import fvcore scripts functions with torch.jit, which torch 2.15 warns about.
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 
 COUNTED = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")
 

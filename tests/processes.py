@@ -1,0 +1,107 @@
+"""Runs the command in a process tree of its own, and ends exactly that tree.
+
+Every process that a command starts inherits a mark in its environment, so those that Ray has put into other
+sessions, or that have lost their parent, are found as well.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+from tests.conftest import REPOSITORY
+
+MARK = "CLUSTER_FL_TEST_MARK"
+DEADLINE_S = 120.0
+POLL_S = 0.002
+
+
+class Command:
+    """``python -m ops.cli WORDS``; as a context manager it leaves no process behind."""
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        self._mark = uuid4().hex
+        self._out, self._err = folder / f"{self._mark}.out", folder / f"{self._mark}.err"
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: self._mark}
+        # An installed command's PYTHONPATH is none of our business; the checkout comes from the folder.
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ops.cli", *words], cwd=REPOSITORY, env=environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def await_(self, event: Callable[[], bool]) -> None:
+        """Until ``event`` holds; an error if the command ends before."""
+        wait(lambda: event() or self.process.poll() is not None)
+        assert event(), f"ended with {self.process.returncode} before the event: {self.err}"
+
+    def wait(self) -> int:
+        return self.process.wait(DEADLINE_S)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as a terminal sends it: to the whole group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the tree, until none is left."""
+        wait(lambda: not self._kill_once())
+        self.process.wait(DEADLINE_S)
+
+    def _kill_once(self) -> list[int]:
+        found = self.tree()
+        for pid in found:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.poll()
+        return found
+
+    def tree(self) -> list[int]:
+        """All living processes that carry this command's mark."""
+        wanted = f"{MARK}={self._mark}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environment = (entry / "environ").read_bytes()
+                except OSError:  # another user's, or gone meanwhile
+                    continue
+                if wanted in environment.split(b"\0"):
+                    found.append(int(entry.name))
+        return found
+
+
+def wait(event: Callable[[], bool]) -> None:
+    """Returns as soon as ``event`` holds; fails at the deadline."""
+    end = time.monotonic() + DEADLINE_S
+    while not event():
+        assert time.monotonic() < end, f"nothing happened within {DEADLINE_S:g} s"
+        time.sleep(POLL_S)
+
+
+def line_count(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
