@@ -6,47 +6,32 @@ pools are Ray actors or live in its own process.
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from actors.events import Event, Finished, Planned, RoundDone, Working
-from actors.pools import Pools, Usage
+from actors.pools import Pools
+from actors.stopwatch import Stopwatch
 from cluster_fl import evaluation, experiment
 from cluster_fl.aggregation.nested import aggregate
 from cluster_fl.config import Config
 from cluster_fl.errors import RunError
 from cluster_fl.experiment import Experiment
 from cluster_fl.records import Progress, RunFolder, weights_sha256
-from cluster_fl.timing.clock import client_seconds, synchronous
+from cluster_fl.timing.rounds import RoundCost, round_cost
 from cluster_fl.training import cohort
 from cluster_fl.training.cohort import CohortResult
 from cluster_fl.training.worker import Task
 
 Result = TypeVar("Result")
 MakePools = Callable[[Experiment], Pools]
+Record = dict[str, Any]
 # Yields events while it works and returns a value: `value = yield from step(...)`.
 Step = Generator[Event, None, Result]
-
-
-@dataclass
-class Stopwatch:
-    """Wall-clock seconds spent in each phase of a round."""
-
-    at: float
-    phases: dict[str, float]
-
-    @staticmethod
-    def start() -> Stopwatch:
-        return Stopwatch(time.perf_counter(), {})
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self.at
-        self.at = now
 
 
 class Driver:
@@ -57,22 +42,23 @@ class Driver:
     ) -> None:
         self._config, self._folder, self._make_pools, self._resume = config, folder, make_pools, resume
         self._complete: Progress | None = None
+        self._saving = threading.Lock()  # `stop` may save beside `run`
 
     def run(self) -> Iterator[Event]:
         """Plan, then round after round; the last event is :class:`Finished`.
 
         Raises:
             UserError: the configuration cannot work; nothing has been written.
-            RunError: a cohort kept killing its pools, an update was refused, ...
+            RunError: a cohort kept killing its pools, training diverged, ...
         """
         self._experiment = experiment.prepare(self._config)
+        self._plan, self._population = self._experiment.plan, self._experiment.population
         self._pools = self._make_pools(self._experiment)
         try:
             progress = self._begin()
-            yield Planned(self._experiment.plan.as_json(), progress.rounds, self._pools.count)
+            yield Planned(self._plan.as_json(), progress.rounds, self._pools.count)
             for number in range(progress.rounds, self._config.rounds):
-                progress, record = yield from self._round(number, progress)
-                yield RoundDone(record)
+                progress = yield from self._round(number, progress)
             yield Finished((yield from self._summarise(progress)))
         finally:
             self._pools.close()
@@ -82,7 +68,7 @@ class Driver:
         if self._complete is None:
             return 0
         if self._complete.rounds:
-            self._folder.save(self._config, self._complete)
+            self._save(self._complete)
         return self._complete.rounds
 
     def _begin(self) -> Progress:
@@ -90,65 +76,34 @@ class Driver:
         if not self._resume:
             self._folder.create(self._config)
         progress = found or Progress(0, self._experiment.initial_state())
-        self._folder.write_plan(self._experiment.plan.as_json())
+        self._folder.write_plan(self._plan.as_json())
         self._folder.rewind(progress.rounds)
         self._complete = progress
         self._published = self._pools.publish(progress.state)
+        self._watch = Stopwatch()
         return progress
 
-    def _round(self, number: int, before: Progress) -> Step[tuple[Progress, dict[str, Any]]]:
-        config, plan, population = self._config, self._experiment.plan, self._experiment.population
-        watch, self._pools.usage, retries = Stopwatch.start(), Usage(), self._pools.retries
-
-        participants = population.select(config, number)
-        cohorts = cohort.form(config, plan, population, number, participants)
-        watch.lap("select")
+    def _round(self, number: int, before: Progress) -> Step[Progress]:
+        """select -> cohorts -> pools train -> aggregate -> clock -> evaluate -> record -> checkpoint."""
+        participants = self._population.select(self._config, number)
+        cohorts = cohort.form(self._config, self._plan, self._population, number, participants)
+        self._watch.lap("select")
         results = yield from self._phase(cohorts, number, "train")
-        watch.lap("train")
-        _refuse_divergence(results, number)
-        state = aggregate(plan, before.state, [result.partial for result in results])
-        watch.lap("aggregate")
-        seconds, payload = self._clock(participants)
+        self._watch.lap("train")
+        _stop_on_divergence(results, number)
+        state = aggregate(self._plan, before.state, [result.partial for result in results])
         self._published = self._pools.publish(state)
-        watch.lap("publish")
-        accuracy = None
-        if (number + 1) % config.evaluate.every == 0 or number + 1 == config.rounds:
-            accuracy = yield from self._accuracy(number, population.judges(config, number), "held_out")
-        watch.lap("evaluate")
-
-        progress = Progress(
-            rounds=number + 1,
-            state=state,
-            sim_time_s=before.sim_time_s + synchronous(seconds),
-            wall_time_s=before.wall_time_s + sum(watch.phases.values()),
-            bytes_down=before.bytes_down + int(payload.sum()),
-            bytes_up=before.bytes_up + int(payload.sum()),
-        )
-        record: dict[str, Any] = {
-            "round": number,
-            "sim_time_s": progress.sim_time_s,
-            "wall_time_s": progress.wall_time_s,
-            "participants": [
-                {"client": int(c), "level": int(population.level_of[c]), "seconds": float(s)}
-                for c, s in zip(participants, seconds, strict=True)
-            ],
-            "train_loss": _mean_loss(results),
-            "bytes_down": int(payload.sum()),
-            "bytes_up": int(payload.sum()),
-            "retries": self._pools.retries - retries,
-        }
-        if accuracy is not None:
-            record["accuracy"] = accuracy
-        record["wall"] = self._wall(watch)
+        self._watch.lap("aggregate")
+        cost = round_cost(self._plan, self._population, participants, self._config.train.epochs)
+        self._watch.lap("clock")
+        accuracy = yield from self._evaluate(number)
+        self._watch.lap("evaluate")
+        record = self._record(number, participants, results, cost, accuracy)
+        progress = _advance(before, state, cost, record)
         self._commit(progress, record)
-        return progress, record
-
-    def _commit(self, progress: Progress, record: dict[str, Any]) -> None:
-        """A round is complete once its record is written; a checkpoint only ever follows its record."""
-        self._folder.append_round(record)
-        self._complete = progress
-        if progress.rounds % self._config.checkpoint.every == 0 or progress.rounds == self._config.rounds:
-            self._folder.save(self._config, progress)
+        self._watch.lap("record")
+        yield RoundDone(record)
+        return progress
 
     def _phase(self, tasks: Sequence[Task[Result]], number: int, name: str) -> Step[list[Result]]:
         """Runs tasks on the pools; returns their results in task order, whatever order they came in."""
@@ -159,44 +114,71 @@ class Driver:
             yield Working(number, name, done, len(tasks))
         return results
 
-    def _clock(self, participants: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Simulated seconds and bytes each way of every participant."""
-        plan, population = self._experiment.plan, self._experiment.population
-        costs = [plan.level(int(level)).cost for level in population.level_of[participants]]
-        macs, payload = (np.array([getattr(c, name) for c in costs]) for name in ("macs", "bytes"))
-        samples = (
-            np.array([len(population.shares.train[c]) for c in participants]) * self._config.train.epochs
-        )
-        return client_seconds(population.devices, participants, macs, payload, samples), payload
+    def _evaluate(self, number: int) -> Step[Record | None]:
+        """Accuracy on held-out parts, where this round's turn has come."""
+        if (number + 1) % self._config.evaluate.every and number + 1 < self._config.rounds:
+            return None
+        judges = self._population.judges(self._config, number)
+        return (yield from self._accuracy(number, judges, "held_out"))
 
-    def _accuracy(self, number: int, clients: np.ndarray, part: str) -> Step[dict[str, Any]]:
-        plan, population, config = self._experiment.plan, self._experiment.population, self._config
-        collect = evaluation.collections(plan, population, config.train.batch_size, config.seed, number)
-        statistics = (
-            evaluation.combine((yield from self._phase(collect, number, "statistics"))) if collect else {}
-        )
-        tasks = evaluation.evaluations(plan, population, clients, part, statistics)
+    def _accuracy(self, number: int, clients: np.ndarray, part: str) -> Step[Record]:
+        batch, seed = self._config.train.batch_size, self._config.seed
+        collect = evaluation.collections(self._plan, self._population, batch, seed, number)
+        collected = (yield from self._phase(collect, number, "statistics")) if collect else []
+        statistics = evaluation.combine(collected)
+        tasks = evaluation.evaluations(self._plan, self._population, clients, part, statistics)
         counts = yield from self._phase(tasks, number, "evaluate")
-        return evaluation.accuracy(plan, population.level_of, counts)
+        return evaluation.accuracy(self._plan, self._population.level_of, counts)
 
-    def _wall(self, watch: Stopwatch) -> dict[str, Any]:
-        usage = self._pools.usage
-        return {
-            "phases": {phase: round(seconds, 4) for phase, seconds in watch.phases.items()},
-            "pools": self._pools.count,
-            "busy_s": round(usage.busy_s, 4),
-            "tail_s": round(usage.tail_s, 4),
+    def _record(
+        self,
+        number: int,
+        participants: np.ndarray,
+        results: Sequence[CohortResult],
+        cost: RoundCost,
+        accuracy: Record | None,
+    ) -> Record:
+        """The round's line of rounds.jsonl; both clocks follow in :func:`_advance`."""
+        phases, usage = self._watch.read(), self._pools.take_usage()
+        who = zip(participants, cost.seconds, strict=True)
+        record = {
+            "round": number,
+            "participants": [
+                {"client": int(c), "level": int(self._population.level_of[c]), "seconds": float(s)}
+                for c, s in who
+            ],
+            "train_loss": _mean_loss(results),
+            "bytes_down": cost.bytes,
+            "bytes_up": cost.bytes,
+            "retries": usage.retries,
+            "wall": {
+                "phases": {phase: round(seconds, 4) for phase, seconds in phases.items()},
+                "pools": self._pools.count,
+                "busy_s": round(usage.busy_s, 4),
+                "tail_s": round(usage.tail_s, 4),
+            },
         }
+        return record if accuracy is None else record | {"accuracy": accuracy}
 
-    def _summarise(self, progress: Progress) -> Step[dict[str, Any]]:
-        start = time.perf_counter()
+    def _commit(self, progress: Progress, record: Record) -> None:
+        """A round is complete once its record is written; a checkpoint only ever follows its record."""
+        self._folder.append_round(record)
+        self._complete = progress
+        if progress.rounds % self._config.checkpoint.every == 0 or progress.rounds == self._config.rounds:
+            self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
+        with self._saving:
+            self._folder.save(self._config, progress)
+
+    def _summarise(self, progress: Progress) -> Step[Record]:
         everyone = np.arange(self._config.clients.count)
         accuracy = yield from self._accuracy(self._config.rounds, everyone, "test")
-        progress = replace(progress, wall_time_s=progress.wall_time_s + time.perf_counter() - start)
+        self._watch.lap("test")
         summary = {
             "rounds": progress.rounds,
             "sim_time_s": progress.sim_time_s,
-            "wall_time_s": progress.wall_time_s,
+            "wall_time_s": progress.wall_time_s + sum(self._watch.read().values()),
             "bytes": progress.bytes_down + progress.bytes_up,
             "bytes_down": progress.bytes_down,
             "bytes_up": progress.bytes_up,
@@ -207,7 +189,22 @@ class Driver:
         return summary
 
 
-def _refuse_divergence(results: Sequence[CohortResult], number: int) -> None:
+def _advance(before: Progress, state: dict[str, np.ndarray], cost: RoundCost, record: Record) -> Progress:
+    """Where the run stands after a round; puts both clocks into the round's record."""
+    progress = replace(
+        before,
+        rounds=before.rounds + 1,
+        state=state,
+        sim_time_s=before.sim_time_s + cost.length,
+        wall_time_s=before.wall_time_s + sum(record["wall"]["phases"].values()),
+        bytes_down=before.bytes_down + cost.bytes,
+        bytes_up=before.bytes_up + cost.bytes,
+    )
+    record |= {"sim_time_s": progress.sim_time_s, "wall_time_s": progress.wall_time_s}
+    return progress
+
+
+def _stop_on_divergence(results: Sequence[CohortResult], number: int) -> None:
     refused = sorted(client for result in results for client in result.refused)
     if refused:
         raise RunError(

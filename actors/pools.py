@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,18 +17,21 @@ Result = TypeVar("Result")
 
 @dataclass
 class Usage:
-    """Wall-clock seconds of all pools together: busy with tasks, and idle while others ended a phase."""
+    """What the pools did since somebody last asked.
+
+    ``busy_s`` and ``tail_s`` are wall-clock seconds of all pools together: in tasks, and idle while others
+    ended a phase. ``retries`` are tasks sent again after a pool died.
+    """
 
     busy_s: float = 0.0
     tail_s: float = 0.0
+    retries: int = 0
 
 
 class Pools(Protocol):
-    """A pool set. ``usage`` grows with every phase; ``retries`` counts tasks sent again after a pool died."""
+    """A set of pools, all with the same data and plan."""
 
     count: int
-    usage: Usage
-    retries: int
 
     def publish(self, state: State) -> Any:
         """Makes a state known to all pools; the handle may serve any number of phases."""
@@ -37,14 +39,19 @@ class Pools(Protocol):
     def execute(self, tasks: Sequence[Task[Result]], state: Any) -> Iterator[tuple[int, Outcome[Result]]]:
         """Runs a phase, longest tasks first; yields (position in ``tasks``, outcome) as they complete."""
 
-    def close(self) -> None: ...
+    def take_usage(self) -> Usage:
+        """What was used since the last call."""
+
+    def close(self) -> None:
+        """Gives everything back."""
 
 
 class InlinePools:
     """The twin of the Ray pools in the calling process: for tests, notebooks and ``--debug``."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.count, self.usage, self.retries = 1, Usage(), 0
+        self.count = 1
+        self._usage = Usage()
         shares = experiment.population.shares
         self._worker = Worker(
             experiment.config, experiment.plan, experiment.dataset, shares, torch.device("cpu")
@@ -55,10 +62,13 @@ class InlinePools:
 
     def execute(self, tasks: Sequence[Task[Result]], state: State) -> Iterator[tuple[int, Outcome[Result]]]:
         for position in longest_first(tasks):
-            start = time.perf_counter()
             outcome = self._worker.execute(tasks[position], state)
-            self.usage.busy_s += time.perf_counter() - start
+            self._usage.busy_s += outcome.seconds
             yield position, outcome
+
+    def take_usage(self) -> Usage:
+        usage, self._usage = self._usage, Usage()
+        return usage
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -55,7 +55,7 @@ class RayPools:
 
     def __init__(self, experiment: Experiment) -> None:
         self._cluster = experiment.config.cluster
-        self.count, self.usage, self.retries = pool_count(self._cluster), Usage(), 0
+        self.count, self._usage = pool_count(self._cluster), Usage()
         shared = (experiment.config, experiment.plan, experiment.dataset, experiment.population.shares)
         self._shared = [ray.put(part) for part in shared]
         self._idle = [self._start() for _ in range(self.count)]
@@ -86,12 +86,16 @@ class RayPools:
             except RayTaskError as error:
                 raise task_error(error, tasks[position]) from None
             else:
-                self.usage.busy_s += outcome.seconds
+                self._usage.busy_s += outcome.seconds
                 yield position, outcome
             last_done[pool] = time.perf_counter()
             self._idle.append(pool)
         end = time.perf_counter()
-        self.usage.tail_s += sum(end - at for at in last_done.values())
+        self._usage.tail_s += sum(end - at for at in last_done.values())
+
+    def take_usage(self) -> Usage:
+        usage, self._usage = self._usage, Usage()
+        return usage
 
     def close(self) -> None:
         for pool in self._idle:
@@ -109,7 +113,7 @@ class RayPools:
         return ray.remote(Pool).options(**options).remote(*self._shared)
 
     def _give_up_after(self, attempts: int, task: Task[Any], error: Exception) -> None:
-        self.retries += 1
+        self._usage.retries += 1
         if attempts > self._cluster.retries:
             raise RunError(
                 f"{describe(task)}: its pool died {attempts} times (cluster.retries={self._cluster.retries}): "

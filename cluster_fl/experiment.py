@@ -56,12 +56,13 @@ def prepare(config: Config) -> Experiment:
 def make_plan(config: Config, shape: tuple[tuple[int, int, int], int]) -> Plan:
     """The split configuration alone; needs the samples' shape and the number of classes, not the data."""
     level_of = levels.assign(config.levels, config.clients.count, generator(config.seed, Purpose.LEVELS))
-    plan = methods.get(config.method).plan(Setting(config, _model(config, *shape), level_of))
+    plan = methods.get(config.method).plan(Setting(config, model_spec(config, *shape), level_of))
     _verify(plan)
     return plan
 
 
-def _model(config: Config, input_shape: tuple[int, int, int], classes: int) -> ModelSpec:
+def model_spec(config: Config, input_shape: tuple[int, int, int], classes: int) -> ModelSpec:
+    """The configured model for samples (C, H, W), without exits."""
     return ModelSpec(
         name=config.model.name,
         input_shape=input_shape,

@@ -50,6 +50,7 @@ def resume(args: argparse.Namespace) -> int:
                 "cannot change in a run that has begun; only cluster.* and checkpoint.* can.",
             )
     config = folder.config(overrides)
+    folder.load(config)  # another configuration, or a damaged checkpoint, is told before anything starts
     summary = folder.summary()
     if summary is not None:
         _show(args, folder, summary)

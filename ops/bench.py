@@ -1,11 +1,13 @@
-"""What a recorded run's rounds cost beside training and evaluation, and what plain PyTorch would have cost.
+"""Measures what the project promises about its own speed.
 
-    python -m ops.overhead RUN_DIR [--plain]
+python -m ops.bench search CONFIG... [key=value ...]
+    seconds of the split search on one core, from the model's name to the chosen pairs
 
-For each round: seconds, the share of the pools' time spent in tasks, idle at the tail of a phase, and in
-everything else (dispatch, transfer, aggregation, records, checkpoints). ``--plain`` trains the last
-recorded round's participants once more without Ray, cohorts or partial sums: one process a pool, the
-clients dealt longest first, an ordinary loop over batches in torch's default memory layout.
+python -m ops.bench overhead RUN_DIR [--plain]
+    where a recorded run's rounds went: the share of the pools' time in tasks, idle at the tail of a
+    phase, and in everything else (dispatch, transfer, aggregation, records, checkpoints). With --plain
+    the last recorded round's participants train once more without Ray, cohorts or partial sums: one
+    process a pool, clients dealt longest first, an ordinary loop in torch's default memory layout
 """
 
 from __future__ import annotations
@@ -21,22 +23,54 @@ from typing import Any
 import torch
 
 from cluster_fl import experiment
+from cluster_fl.compose import compose
 from cluster_fl.config import Config
+from cluster_fl.data import datasets
 from cluster_fl.data.batching import Resident, batch_sizes
 from cluster_fl.nesting.extraction import extract
+from cluster_fl.nesting.levels import ratios
+from cluster_fl.nesting.splitting import choose_pairs
 from cluster_fl.records import RunFolder
 from cluster_fl.seeding import Purpose, torch_generator
 from cluster_fl.training.program import SGD
 from cluster_fl.training.schedule import learning_rate
+
+REPEATS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--plain", action="store_true")
+    commands = parser.add_subparsers(required=True)
+    search = commands.add_parser("search")
+    search.add_argument("words", nargs="+")
+    search.set_defaults(command=_search)
+    overhead = commands.add_parser("overhead")
+    overhead.add_argument("folder", type=Path)
+    overhead.add_argument("--plain", action="store_true")
+    overhead.set_defaults(command=_overhead)
     args = parser.parse_args()
+    args.command(args)
+
+
+def _search(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    files, overrides = ([w for w in args.words if ("=" in w) == given] for given in (False, True))
+    config = compose(files, overrides)
+    spec = experiment.model_spec(config, *datasets.describe(config.data))
+    for repeat in range(REPEATS):
+        start = time.perf_counter()
+        chosen, feasible = choose_pairs(spec, config.levels, ratios(config.levels))
+        seconds = time.perf_counter() - start
+        pairs = " ".join(f"({c.width:g}, {c.depth})" for c in chosen)
+        found = sum(len(level) for level in feasible)
+        print(
+            f"{'first' if repeat == 0 else 'again'}: {seconds:.3f} s, {found} feasible points, chosen {pairs}"
+        )
+
+
+def _overhead(args: argparse.Namespace) -> None:
     folder = RunFolder(args.folder)
     records = list(folder.rounds())
     print("round  seconds  tasks   tail   rest   (tasks + tail + rest = 100 % of the pools' time)")
@@ -51,8 +85,10 @@ def main() -> None:
         wall = records[-1]["wall"]
         plain = plain_seconds(folder.config(), records[-1], wall["pools"])
         ours = wall["phases"]["train"]
-        print(f"training of round {records[-1]['round']}: {ours:.2f} s; plain PyTorch, {wall['pools']} processes: "
-              f"{plain:.2f} s; ratio {ours / plain:.3f}")  # fmt: skip
+        print(
+            f"training of round {records[-1]['round']}: {ours:.2f} s; plain PyTorch, {wall['pools']} processes: "
+            f"{plain:.2f} s; ratio {ours / plain:.3f}"
+        )
 
 
 def plain_seconds(config: Config, record: dict[str, Any], processes: int) -> float:
