@@ -17,14 +17,14 @@ from actors.events import Event, Finished, Planned, RoundDone, Working
 from actors.pools import Pools
 from actors.stopwatch import Stopwatch
 from cluster_fl import evaluation, experiment
-from cluster_fl.aggregation.nested import aggregate
+from cluster_fl.aggregation.nested import CoverageMean
 from cluster_fl.config import Config
-from cluster_fl.errors import RunError
+from cluster_fl.errors import RunError, UserError
 from cluster_fl.experiment import Experiment
 from cluster_fl.records import Progress, RunFolder, weights_sha256
 from cluster_fl.timing.rounds import RoundCost, round_cost
 from cluster_fl.training import cohort
-from cluster_fl.training.cohort import CohortResult
+from cluster_fl.training.cohort import CohortReport, CohortResult
 from cluster_fl.training.worker import Task
 
 Result = TypeVar("Result")
@@ -32,6 +32,10 @@ MakePools = Callable[[Experiment], Pools]
 Record = dict[str, Any]
 # Yields events while it works and returns a value: `value = yield from step(...)`.
 Step = Generator[Event, None, Result]
+
+
+def _itself(result: Result) -> Result:
+    return result
 
 
 class Driver:
@@ -75,7 +79,16 @@ class Driver:
         found = self._folder.load(self._config) if self._resume else None
         if not self._resume:
             self._folder.create(self._config)
-        progress = found or Progress(0, self._experiment.initial_state())
+        device, same = self._pools.device, self._experiment.sha256()
+        progress = found or Progress(0, self._experiment.initial_state(), device=device, experiment=same)
+        if progress.device != device:
+            right = f"the run began on {progress.device} and would go on with other bits on {device}."
+            raise UserError("cluster.gpus_per_pool", self._config.cluster.gpus_per_pool, right)
+        if progress.experiment != same:
+            raise RunError(
+                f"{self._folder.path}: the plan or the partition comes out otherwise than when the run began; "
+                "go on with the same versions of cluster-fl and its libraries."
+            )
         self._folder.write_plan(self._plan.as_json())
         self._folder.rewind(progress.rounds)
         self._complete = progress
@@ -88,29 +101,32 @@ class Driver:
         participants = self._population.select(self._config, number)
         cohorts = cohort.form(self._config, self._plan, self._population, number, participants)
         self._watch.lap("select")
-        results = yield from self._phase(cohorts, number, "train")
+        mean = CoverageMean(self._plan, before.state)
+        reports = yield from self._phase(cohorts, number, "train", lambda result: _take(result, mean))
         self._watch.lap("train")
-        _stop_on_divergence(results, number)
-        state = aggregate(self._plan, before.state, [result.partial for result in results])
+        _stop_on_divergence(reports, number)
+        state = mean.result()
         self._published = self._pools.publish(state)
         self._watch.lap("aggregate")
         cost = round_cost(self._plan, self._population, participants, self._config.train.epochs)
         self._watch.lap("clock")
         accuracy = yield from self._evaluate(number)
         self._watch.lap("evaluate")
-        record = self._record(number, participants, results, cost, accuracy)
+        record = self._record(number, participants, reports, cost, accuracy)
         progress = _advance(before, state, cost, record)
         self._commit(progress, record)
         self._watch.lap("record")
         yield RoundDone(record)
         return progress
 
-    def _phase(self, tasks: Sequence[Task[Result]], number: int, name: str) -> Step[list[Result]]:
-        """Runs tasks on the pools; returns their results in task order, whatever order they came in."""
+    def _phase(
+        self, tasks: Sequence[Task[Result]], number: int, name: str, take: Callable[[Result], Any] = _itself
+    ) -> Step[list[Any]]:
+        """Runs tasks on the pools; returns what ``take`` makes of each result at its arrival, in task order."""
         results: list[Any] = [None] * len(tasks)
         yield Working(number, name, 0, len(tasks))
         for done, (position, outcome) in enumerate(self._pools.execute(tasks, self._published), start=1):
-            results[position] = outcome.result
+            results[position] = take(outcome.result)
             yield Working(number, name, done, len(tasks))
         return results
 
@@ -134,7 +150,7 @@ class Driver:
         self,
         number: int,
         participants: np.ndarray,
-        results: Sequence[CohortResult],
+        reports: Sequence[CohortReport],
         cost: RoundCost,
         accuracy: Record | None,
     ) -> Record:
@@ -147,7 +163,7 @@ class Driver:
                 {"client": int(c), "level": int(self._population.level_of[c]), "seconds": float(s)}
                 for c, s in who
             ],
-            "train_loss": _mean_loss(results),
+            "train_loss": _mean_loss(reports),
             "bytes_down": cost.bytes,
             "bytes_up": cost.bytes,
             "retries": usage.retries,
@@ -204,8 +220,14 @@ def _advance(before: Progress, state: dict[str, np.ndarray], cost: RoundCost, re
     return progress
 
 
-def _stop_on_divergence(results: Sequence[CohortResult], number: int) -> None:
-    refused = sorted(client for result in results for client in result.refused)
+def _take(result: CohortResult, mean: CoverageMean) -> CohortReport:
+    """Adds a cohort's sum at once, so that the driver never holds more than one."""
+    mean.add(result.partial)
+    return result.report
+
+
+def _stop_on_divergence(reports: Sequence[CohortReport], number: int) -> None:
+    refused = sorted(client for report in reports for client in report.refused)
     if refused:
         raise RunError(
             f"round {number}: training diverged on client{'s' if len(refused) > 1 else ''} "
@@ -214,12 +236,12 @@ def _stop_on_divergence(results: Sequence[CohortResult], number: int) -> None:
         )
 
 
-def _mean_loss(results: Sequence[CohortResult]) -> float | None:
+def _mean_loss(reports: Sequence[CohortReport]) -> float | None:
     """Mean over the clients that trained, in client order so that the sum's bits are always the same."""
     losses = sorted(
         (client, loss)
-        for result in results
-        for client, loss, steps in zip(result.clients, result.losses, result.steps, strict=True)
+        for report in reports
+        for client, loss, steps in zip(report.clients, report.losses, report.steps, strict=True)
         if steps
     )
     return sum(loss for _, loss in losses) / len(losses) if losses else None

@@ -32,6 +32,7 @@ class Pools(Protocol):
     """A set of pools, all with the same data and plan."""
 
     count: int
+    device: str  # "cpu" or "cuda": another kind computes other bits
 
     def publish(self, state: State) -> Any:
         """Makes a state known to all pools; the handle may serve any number of phases."""
@@ -50,7 +51,7 @@ class InlinePools:
     """The twin of the Ray pools in the calling process: for tests, notebooks and ``--debug``."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.count = 1
+        self.count, self.device = 1, "cpu"
         self._usage = Usage()
         shares = experiment.population.shares
         self._worker = Worker(

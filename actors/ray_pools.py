@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, UnserializableException
 
 from actors.placement import pool_count
 from actors.pools import Usage, longest_first
@@ -29,6 +29,9 @@ from cluster_fl.training.worker import Outcome, Task, Worker
 
 Result = TypeVar("Result")
 
+# Importing torch and mapping the data takes seconds; longer means that there is no room.
+START_TIMEOUT_S = 180
+
 
 class Pool:
     """One actor: a worker on the device that Ray assigned."""
@@ -37,8 +40,9 @@ class Pool:
         torch.set_num_threads(1)
         self._worker = Worker(config, plan, dataset, shares, _device())
 
-    def ready(self) -> None:
+    def device(self) -> str:
         """Answers once the worker stands."""
+        return self._worker.device.type
 
     def execute(self, task: Task[Result], state: Mapping[str, np.ndarray]) -> Outcome[Result]:
         return self._worker.execute(task, state)
@@ -58,9 +62,10 @@ class RayPools:
         self.count, self._usage = pool_count(self._cluster), Usage()
         shared = (experiment.config, experiment.plan, experiment.dataset, experiment.population.shares)
         self._shared = [ray.put(part) for part in shared]
-        self._idle = [self._start() for _ in range(self.count)]
-        # Imports and data are nobody's round.
-        ray.get([pool.ready.remote() for pool in self._idle])
+        self._idle: list[Any] = []
+        self._alive: list[Any] = []  # idle, busy or starting: what `close` must end
+        self._starting = {pool.device.remote(): pool for pool in (self._start() for _ in range(self.count))}
+        self.device = self._await_all()
 
     def publish(self, state: State) -> Any:
         return ray.put(state)
@@ -73,7 +78,10 @@ class RayPools:
             while queue and self._idle:
                 pool, position = self._idle.pop(), queue.popleft()
                 running[pool.execute.remote(tasks[position], state)] = pool, position
-            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            (done, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
+            if done in self._starting:
+                last_done[self._admit(done)] = time.perf_counter()
+                continue
             pool, position = running.pop(done)
             try:
                 outcome = ray.get(done)
@@ -81,10 +89,15 @@ class RayPools:
                 attempts[position] += 1
                 self._give_up_after(attempts[position], tasks[position], error)
                 queue.appendleft(position)
-                last_done.pop(pool, None)
+                last_done.pop(pool)
+                self._alive.remove(pool)
                 pool = self._start()
+                self._starting[pool.device.remote()] = pool
+                continue
             except RayTaskError as error:
                 raise task_error(error, tasks[position]) from None
+            except UnserializableException as error:
+                raise RunError(f"{describe(tasks[position])}: {_last_line(error)}") from None
             else:
                 self._usage.busy_s += outcome.seconds
                 yield position, outcome
@@ -98,8 +111,37 @@ class RayPools:
         return usage
 
     def close(self) -> None:
-        for pool in self._idle:
+        for pool in self._alive:
             ray.kill(pool)
+
+    def _await_all(self) -> str:
+        """The device of the pools once all of them stand: imports and data are nobody's round."""
+        pending = list(self._starting)
+        _, late = ray.wait(pending, num_returns=len(pending), timeout=START_TIMEOUT_S)
+        if late:
+            raise RunError(
+                f"{len(late)} of {self.count} pools did not start within {START_TIMEOUT_S} s: the cluster has no free "
+                f"{self._cluster.cpus_per_pool:g} CPUs and {self._cluster.gpus_per_pool:g} GPUs for each."
+            )
+        devices = {self._answer(ref) for ref in pending}
+        self._idle = [self._starting.pop(ref) for ref in pending]
+        if len(devices) > 1:
+            raise RunError("some pools have a GPU that works and others have none: results would differ.")
+        return devices.pop()
+
+    def _admit(self, started: Any) -> Any:
+        """A pool that stands now joins the idle ones."""
+        pool = self._starting.pop(started)
+        self._answer(started)
+        self._idle.append(pool)
+        return pool
+
+    def _answer(self, started: Any) -> str:
+        try:
+            device: str = ray.get(started)
+        except (RayActorError, RayTaskError) as error:
+            raise RunError(f"a pool could not start: {_last_line(error)}") from None
+        return device
 
     def _start(self) -> Any:
         options = {
@@ -110,7 +152,9 @@ class RayPools:
             # Inside a placement group (a sweep's trial) its bundles decide instead.
             "scheduling_strategy": None if ray.util.get_current_placement_group() else "SPREAD",
         }
-        return ray.remote(Pool).options(**options).remote(*self._shared)
+        pool = ray.remote(Pool).options(**options).remote(*self._shared)
+        self._alive.append(pool)
+        return pool
 
     def _give_up_after(self, attempts: int, task: Task[Any], error: Exception) -> None:
         self._usage.retries += 1
@@ -126,7 +170,12 @@ def task_error(error: RayTaskError, task: Task[Any]) -> ClusterFLError:
     cause = error.cause
     if isinstance(cause, ClusterFLError):
         return cause
-    return RunError(f"{describe(task)}: {type(cause).__name__}: {cause}")
+    return RunError(f"{describe(task)}: {type(cause).__name__}: {' '.join(str(cause).split())}")
+
+
+def _last_line(error: Exception) -> str:
+    """Ray's messages end with the cause."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def describe(task: Task[Any]) -> str:

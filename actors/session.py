@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.driver import Driver
 from actors.events import Event
@@ -38,10 +38,13 @@ class Session:
                 raise error.cause from None
             raise RunError(f"the driver failed: {type(error.cause).__name__}: {error.cause}") from error
         except RayActorError as error:
-            raise RunError(f"the driver died: {str(error).splitlines()[0]}") from None
+            raise RunError(f"the driver died: {str(error).strip().splitlines()[-1].strip()}") from None
 
     def stop(self) -> int:
-        rounds: int = ray.get(self._driver.stop.remote(), timeout=60)
+        try:
+            rounds: int = ray.get(self._driver.stop.remote(), timeout=60)
+        except (RayActorError, RayTaskError, GetTimeoutError):
+            return 0
         return rounds
 
 

@@ -18,8 +18,9 @@ from cluster_fl import methods
 from cluster_fl.config import Config, check, choose
 from cluster_fl.errors import UserError
 
-# Keys that change how fast or where a run happens, never what it computes.
-INCIDENTAL = ("cluster", "checkpoint", "run")
+# Keys that say where or how fast a run happens, not what it computes; a begun run may change them.
+# (Another kind of device computes other bits: that is checked when a run is resumed.)
+INCIDENTAL = ("cluster", "checkpoint", "data.root", "data.download")
 
 
 def compose(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Config:
@@ -30,11 +31,8 @@ def compose(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Confi
             the wrong type or is out of range.
     """
     layers = [_read(Path(file)) for file in files] + [_parse(override) for override in overrides]
-    user = DictConfig({})
-    for layer in layers:
-        user = _merge(user, layer, layer)
-    name = str(user.get("method", Config.method))
-    variant = str(user.get("variant", Config.variant))
+    name = _last(layers, "method", Config.method)
+    variant = _last(layers, "variant", Config.variant)
     method = methods.get(name)
     choose("variant", variant, ("default", "paper", "released"))
     schema = OmegaConf.structured(Config)
@@ -43,6 +41,8 @@ def compose(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Confi
     config = _merge(schema, preset, preset)
     for layer in layers:
         config = _merge(config, layer, layer)
+    if config.options is None:
+        raise UserError("options", None, f"must hold options of {name}; leave it out for the defaults.")
     result = _to_object(config)
     check(result)
     return result
@@ -55,8 +55,22 @@ def to_yaml(config: Config) -> str:
 
 def fingerprint(config: Config) -> str:
     """Hash of everything that decides the run's bits; where and how fast it runs is not part of it."""
-    content = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL}
+    content = asdict(config)
+    for key in (*INCIDENTAL, "run"):
+        section, _, leaf = key.partition(".")
+        if leaf:
+            del content[section][leaf]
+        else:
+            del content[section]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _last(layers: Sequence[DictConfig], key: str, default: str) -> str:
+    for layer in reversed(layers):
+        content = OmegaConf.to_container(layer, resolve=False)
+        if isinstance(content, dict) and key in content:
+            return str(content[key])
+    return default
 
 
 def _read(path: Path) -> DictConfig:
@@ -72,7 +86,12 @@ def _read(path: Path) -> DictConfig:
         content = {}
     if not isinstance(content, dict):
         raise UserError("CONFIG", path, "must hold keys and values.")
-    return OmegaConf.create(content)
+    try:
+        created = OmegaConf.create(content)
+    except OmegaConfBaseException as error:
+        raise UserError("CONFIG", path, str(error).splitlines()[0]) from None
+    assert isinstance(created, DictConfig)
+    return created
 
 
 def _parse(override: str) -> DictConfig:
@@ -98,12 +117,18 @@ def _merge(base: DictConfig, layer: Any, source: Any) -> DictConfig:
 
 def _explain(error: Exception, base: DictConfig, source: Any) -> UserError:
     """OmegaConf's complaint as one line: key, value, and what would be right."""
-    key = str(getattr(error, "full_key", None) or "configuration")
-    value = _lookup(source, key)
-    parent, _, leaf = key.rpartition(".")
+    flat = _plain_value_for_options(base, source)
+    if flat is not None:
+        options = ", ".join(map(str, _lookup(base, flat))) or "key: value pairs"
+        return UserError(flat, _lookup(source, flat), f"must hold options: {options}.")
+    message = str(error).split("\n")[0].rstrip(".") + "."
+    key = str(getattr(error, "full_key", None) or "")
+    if key.partition(".")[0].partition("[")[0] not in source:  # OmegaConf loses the path inside a list
+        return UserError(".".join(_first_path(source)), key or "?", message)
+    value, (parent, _, leaf) = _lookup(source, key), key.rpartition(".")
     node = _lookup(base, parent) if parent else base
     valid = [str(k) for k in node] if isinstance(node, DictConfig | Mapping) else []
-    if valid and leaf not in valid:
+    if valid and leaf not in valid and "[" not in leaf:
         near = difflib.get_close_matches(leaf, valid, 1, 0.5)
         hint = (
             f"Did you mean {f'{parent}.' if parent else ''}{near[0]}?"
@@ -111,7 +136,27 @@ def _explain(error: Exception, base: DictConfig, source: Any) -> UserError:
             else f"Valid: {', '.join(valid)}."
         )
         return UserError(key, value, f"is not an option. {hint}")
-    return UserError(key, value, str(error).split("\n")[0].rstrip(".") + ".")
+    return UserError(key, value, message)
+
+
+def _plain_value_for_options(base: DictConfig, source: Any, prefix: str = "") -> str | None:
+    """The first key to which the user gave a plain value where options belong."""
+    for key, value in source.items():
+        node = _lookup(base, prefix + str(key))
+        if isinstance(node, DictConfig) and not isinstance(value, Mapping):
+            return prefix + str(key)
+        if isinstance(node, DictConfig) and (
+            found := _plain_value_for_options(base, value, f"{prefix}{key}.")
+        ):
+            return found
+    return None
+
+
+def _first_path(source: Any) -> list[str]:
+    if not isinstance(source, Mapping) or not source:
+        return []
+    key = next(iter(source))
+    return [str(key), *_first_path(source[key])]
 
 
 def _lookup(node: Any, key: str) -> Any:

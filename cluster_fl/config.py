@@ -7,6 +7,7 @@ onto this schema; whatever passes :func:`check` is what a run writes back as ``c
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -163,7 +164,9 @@ class CheckpointConfig:
 @dataclass
 class RunConfig:
     root: str = option("runs", "folder of run folders")
-    name: str | None = option(None, "name of the run folder; made from the method, the data and the time")
+    name: str | None = option(
+        None, "name of the run folder; made from the YAML's name, the seed and the time"
+    )
 
 
 @dataclass
@@ -228,6 +231,8 @@ def _check_value(key: str, spec: Field[Any], value: Any) -> None:
             choose(key, item, choices)
         if not isinstance(item, int | float):
             continue
+        if not math.isfinite(item):
+            raise UserError(key, item, "must be a finite number.")
         if low is not None and item < low:
             raise UserError(key, item, f"must be at least {low}.")
         if above is not None and item <= above:
@@ -250,6 +255,9 @@ def _check_together(config: Config) -> None:
         choose("cluster.pools", cluster.pools, ("auto",))
     elif cluster.pools < 1:
         raise UserError("cluster.pools", cluster.pools, "must be auto or at least 1.")
+    name = config.run.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+        raise UserError("run.name", name, "must be a plain folder name; run.root says where it lies.")
     if cluster.gpus_per_pool > 1 and cluster.gpus_per_pool % 1:
         raise UserError("cluster.gpus_per_pool", cluster.gpus_per_pool, "above 1 it must be a whole number.")
     _check_levels(levels, clients.count)
@@ -276,6 +284,8 @@ def _check_levels(levels: LevelsConfig, clients: int) -> None:
             raise UserError(
                 "levels.budgets", "given", "excludes levels.ratios and levels.shares: budgets decide both."
             )
+    if levels.pairs is not None and not levels.pairs:
+        raise UserError("levels.pairs", [], "must hold at least one pair, e.g. [{width: 1.0, depth: 9}].")
     count = level_count(levels)
     if levels.pairs is not None and ratios is not None and len(levels.pairs) != len(ratios):
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from cluster_fl.config import Config
 from cluster_fl.data import datasets
 from cluster_fl.data.datasets import Dataset
 from cluster_fl.data.partition import partition
-from cluster_fl.errors import RunError
+from cluster_fl.errors import RunError, UserError
 from cluster_fl.methods import Setting
 from cluster_fl.models.spec import ModelSpec
 from cluster_fl.nesting import levels
@@ -35,6 +37,18 @@ class Experiment:
         """What every client runs."""
         return methods.get(self.config.method).program(self.config, self.plan)
 
+    def sha256(self) -> str:
+        """Hash of the plan, every client's level and every client's rows.
+
+        A resumed run makes them again; they must come out as they were, whatever libraries it finds.
+        """
+        digest = hashlib.sha256(json.dumps(self.plan.as_json(), sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(self.population.level_of).tobytes())
+        shares = self.population.shares
+        for rows in (*shares.train, *shares.held_out, *shares.test):
+            digest.update(np.ascontiguousarray(rows).tobytes() + b"|")
+        return digest.hexdigest()
+
     def initial_state(self) -> State:
         """The first global weights, float32, by name."""
         return self.plan.initial_state(read(self.plan.model.build()))
@@ -47,6 +61,7 @@ def prepare(config: Config) -> Experiment:
         UserError: the data is missing, the split is impossible, a level has no client, ...
     """
     plan = make_plan(config, datasets.describe(config.data))
+    _check_batches(config, plan)
     dataset = datasets.load(config.data)
     shares = partition(dataset, config.data, config.clients.count, config.seed)
     population = Population(shares, plan.level_of, Devices.by_level(config.time, plan.level_of))
@@ -59,6 +74,15 @@ def make_plan(config: Config, shape: tuple[tuple[int, int, int], int]) -> Plan:
     plan = methods.get(config.method).plan(Setting(config, model_spec(config, *shape), level_of))
     _verify(plan)
     return plan
+
+
+def _check_batches(config: Config, plan: Plan) -> None:
+    # Batch normalisation has nothing to normalise in a single sample.
+    right = f"must be at least 2: {plan.model.name} normalises by the batch."
+    if plan.batch_norms and config.train.batch_size < 2:
+        raise UserError("train.batch_size", config.train.batch_size, right)
+    if plan.evaluates_batches and config.evaluate.batch_size < 2:
+        raise UserError("evaluate.batch_size", config.evaluate.batch_size, right)
 
 
 def model_spec(config: Config, input_shape: tuple[int, int, int], classes: int) -> ModelSpec:

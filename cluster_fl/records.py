@@ -24,7 +24,8 @@ from cluster_fl.errors import RunError, UserError
 class Progress:
     """Where a run stands after its last complete round: all that a resumed run needs besides its config.
 
-    ``rounds`` are complete; times are seconds and bytes are totals since round 0.
+    ``rounds`` are complete; times are seconds and bytes are totals since round 0. ``device`` and
+    ``experiment`` (:meth:`Experiment.sha256`) are what a resumed run must find as they were.
     """
 
     rounds: int
@@ -33,6 +34,8 @@ class Progress:
     wall_time_s: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
+    device: str = "cpu"
+    experiment: str = ""
 
 
 def weights_sha256(state: Mapping[str, np.ndarray]) -> str:
@@ -50,8 +53,8 @@ class RunFolder:
     path: Path
 
     def refuse_existing(self) -> None:
-        """Raises UserError if the folder holds a run already."""
-        if self.config_file.exists():
+        """Raises UserError if the folder holds a run already, or part of one."""
+        if any((self.path / name).exists() for name in ("config.yaml", "rounds.jsonl", "checkpoints")):
             right = f"{self.path} holds a run already; go on with `cluster-fl resume {self.path}`."
             raise UserError("run.name", self.path.name, right)
 
@@ -121,9 +124,17 @@ class RunFolder:
         meta = {key: value for key, value in asdict(progress).items() if key != "state"}
         meta |= {"fingerprint": fingerprint(config), "weights_sha256": weights_sha256(progress.state)}
         _write(draft / "meta.json", _pretty(meta))
+        _sync(draft / "state.safetensors")
         os.replace(draft, target)
-        for old in sorted(folder.glob("round-*"))[: -config.checkpoint.keep]:
+        _sync(folder)
+        abandoned = folder.glob(".round-*")  # drafts of processes that were killed
+        for old in (*self._checkpoints()[: -config.checkpoint.keep], *abandoned):
             shutil.rmtree(old)
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        found = (self.path / "checkpoints").glob("round-*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
     def load(self, config: Config) -> Progress | None:
         """The newest checkpoint, or None if no round has been completed.
@@ -132,33 +143,44 @@ class RunFolder:
             UserError: the checkpoint was written under another configuration.
             RunError: it is damaged.
         """
-        found = sorted((self.path / "checkpoints").glob("round-*"))
+        found = self._checkpoints()
         if not found:
             return None
         try:
             meta = json.loads((found[-1] / "meta.json").read_text())
             state = load_file(found[-1] / "state.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+            written, checksum = meta.pop("fingerprint"), meta.pop("weights_sha256")
+            progress = Progress(state=state, **meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise RunError(
                 f"{found[-1]}: the checkpoint is damaged ({error}); remove it to go on from the one before."
             ) from None
-        if meta.pop("fingerprint") != fingerprint(config):
+        if written != fingerprint(config):
             raise UserError(
                 "RUN_DIR",
                 self.path,
                 f"{found[-1].name} was written under another configuration than its config.yaml.",
             )
-        if meta.pop("weights_sha256") != weights_sha256(state):
+        if checksum != weights_sha256(state):
             raise RunError(
                 f"{found[-1]}: the weights do not match their checksum; remove it to go on from the one before."
             )
-        return Progress(state=state, **meta)
+        return progress
 
     def rewind(self, rounds: int) -> None:
         """Cuts ``rounds.jsonl`` back to the first ``rounds`` rounds."""
         kept = [record for record in self.rounds() if record["round"] < rounds]
         if self.rounds_file.exists():
             _write(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _sync(path: Path) -> None:
+    """Makes a file or a folder's entries survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _pretty(content: Mapping[str, Any]) -> str:

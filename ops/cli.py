@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown option {unknown[0]}")
     args.words += rest
     # The user's own modules (`model.name: package.module:function`) lie where the command is called.
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
     try:
         code: int = args.command(args)
         return code

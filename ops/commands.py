@@ -42,13 +42,10 @@ def resume(args: argparse.Namespace) -> int:
     path, *overrides = args.words
     folder = RunFolder(Path(path).resolve())
     for override in overrides:
-        section = override.partition("=")[0].partition(".")[0]
-        if section not in INCIDENTAL or section == "run":
-            raise UserError(
-                override.partition("=")[0],
-                override.partition("=")[2],
-                "cannot change in a run that has begun; only cluster.* and checkpoint.* can.",
-            )
+        key = override.partition("=")[0]
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in INCIDENTAL):
+            right = f"cannot change in a run that has begun; only {', '.join(INCIDENTAL)} can."
+            raise UserError(key, override.partition("=")[2], right)
     config = folder.config(overrides)
     folder.load(config)  # another configuration, or a damaged checkpoint, is told before anything starts
     summary = folder.summary()

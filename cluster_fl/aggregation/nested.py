@@ -48,17 +48,37 @@ class PartialSum:
         return True
 
 
+class CoverageMean:
+    """Takes partial sums as they come, in any order, and moves a state by their mean.
+
+    Holds two float64 arrays a tensor, however many clients there are.
+    """
+
+    def __init__(self, plan: Plan, state: State) -> None:
+        self._plan, self._state = plan, state
+        self._total = {name: np.zeros(array.shape) for name, array in state.items()}
+        self._weight = {name: np.zeros(array.shape) for name, array in state.items()}
+
+    def add(self, part: PartialSum) -> None:
+        for name, where in self._plan.indices[part.level - 1].items():
+            key = self._plan.key(part.level, name)
+            at = (...,) if name in self._plan.owned else where
+            self._total[key][at] += part.updates[name]
+            self._weight[key][at] += part.weight
+
+    def result(self) -> State:
+        """The next state; the one before is not changed."""
+        return {
+            name: _moved(array, self._total[name], self._weight[name]) for name, array in self._state.items()
+        }
+
+
 def aggregate(plan: Plan, state: State, sums: Iterable[PartialSum]) -> State:
-    """The next state: ``state`` plus the coverage mean of the updates. ``state`` is not changed."""
-    total = {name: np.zeros(array.shape) for name, array in state.items()}
-    weight = {name: np.zeros(array.shape) for name, array in state.items()}
+    """``state`` moved by the coverage mean of the updates."""
+    mean = CoverageMean(plan, state)
     for part in sums:
-        for name, where in plan.indices[part.level - 1].items():
-            key = plan.key(part.level, name)
-            at = (...,) if name in plan.owned else where
-            total[key][at] += part.updates[name]
-            weight[key][at] += part.weight
-    return {name: _moved(array, total[name], weight[name]) for name, array in state.items()}
+        mean.add(part)
+    return mean.result()
 
 
 def _moved(array: np.ndarray, total: np.ndarray, weight: np.ndarray) -> np.ndarray:

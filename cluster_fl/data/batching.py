@@ -20,6 +20,8 @@ def batch_sizes(samples: int, batch_size: int, smallest: int) -> list[int]:
     A leftover of fewer than ``smallest`` samples joins the batch before it; fewer than ``smallest`` samples
     altogether give no batch (batch norm cannot normalise a single value per channel).
     """
+    if batch_size < smallest:
+        raise ValueError(f"batches of {batch_size} cannot hold {smallest} samples")
     if samples < max(smallest, 1):
         return []
     whole, left = divmod(samples, batch_size)

@@ -1,11 +1,15 @@
 """ScaleFL: resource-adaptive federated learning with two-dimensional splits (Ilhan et al., CVPR 2023).
 
-Decisions where the paper and its released code differ (defaults; ``variant`` follows either to the letter):
+Decisions where the paper and its released code differ. ``variant: paper`` and ``variant: released`` change what
+is said of them below; ``configs/scalefl_cifar10_released.yaml`` has the released code's exits and hold-out too.
 
 - Loss weights i sum to 1, as in the code; Eq. 5's 1/(l(l+1)) halves them. ``paper``: Eq. 5.
 - KL is summed over classes and acts from round 0, as in Eq. 5. ``released``: averaged over classes too, and
   only after a quarter of the rounds.
 - The teacher gets no gradient from the KL terms. ``released``: it does.
+- KL has weight 0.1, as the paper says for vision; the code's default is 0 (``options.kd_weight=0``).
+- No Scaler (the code divides by the width after each convolution): before a norm by the batch it changes
+  nothing but the norm's epsilon.
 - Layers behind a level's exit are not sent (the code sends a full-depth model).
 - Exits follow Eq. 1 (36/42/48 for ResNet110, which gives Table 1); the code's 30/38/46 do not meet it.
 - A level's accuracy is that of its last exit; the exit mean, which the code reports, stands beside it.

@@ -36,11 +36,6 @@ def apply_norm_policy(model: nn.Module, policy: str) -> None:
             _untrack(module)
 
 
-def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether an answer in evaluation depends on what else is in its batch."""
-    return any(module.running_mean is None for _, module in _batch_norms(model))
-
-
 def start_collecting(model: nn.Module) -> None:
     """Makes forwards in train mode collect: each batch norm that has no buffers gets fresh ones.
 

@@ -63,13 +63,11 @@ def _cut(root: nn.Module, name: str, where: Index) -> None:
 def _describe(module: nn.Module) -> None:
     """Makes a layer's own account of its sizes true again."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        depthwise = module.groups > 1
+        if module.groups == module.in_channels == module.out_channels:
+            module.groups = module.weight.shape[0]
         module.out_channels = module.weight.shape[0]
-        module.groups = module.weight.shape[0] if depthwise else 1
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
         module.num_features = module.weight.shape[0]
-    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
-        module.normalized_shape = tuple(module.weight.shape)

@@ -13,11 +13,11 @@ def ratios(levels: LevelsConfig) -> list[float]:
     """Budget of each level as a share of the full model: given, clustered from budgets, or halved from 1."""
     if levels.ratios is not None:
         return list(levels.ratios)
-    if levels.budgets is not None:
-        budgets, groups = np.asarray(levels.budgets), cluster(levels.budgets, levels.count)
-        lowest = [float(budgets[groups == level].min()) for level in range(1, levels.count + 1)]
-        return [*lowest[:-1], 1.0]
     count = level_count(levels)
+    if levels.budgets is not None:
+        budgets, groups = np.asarray(levels.budgets), cluster(levels.budgets, count)
+        lowest = [float(budgets[groups == level].min()) for level in range(1, count + 1)]
+        return [*lowest[:-1], 1.0]
     return [2.0 ** (level - count) for level in range(1, count + 1)]
 
 
@@ -52,6 +52,9 @@ def cluster(budgets: list[float], count: int) -> np.ndarray:
     A client that can afford the full model belongs to the top level whatever its cluster, so that the top
     level's budget is 1.
     """
+    if count == 1 and min(budgets) < 1:
+        right = "one level is the full model, which not every client of levels.budgets can afford."
+        raise UserError("levels.count", count, right)
     values = np.log(np.asarray(budgets, dtype=float))[:, None]
     if len(np.unique(values)) < count:
         raise UserError(
@@ -63,7 +66,7 @@ def cluster(budgets: list[float], count: int) -> np.ndarray:
     result: np.ndarray = rank[means.labels_]
     affords = np.asarray(budgets) >= 1
     result[affords] = count
-    result[(result == count) & ~affords] = count - 1 if count > 1 else count
+    result[(result == count) & ~affords] = count - 1
     for level in range(1, count + 1):
         if not (result == level).any():
             raise UserError(

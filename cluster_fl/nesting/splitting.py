@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from cluster_fl.config import LevelsConfig
+from cluster_fl.config import LevelsConfig, PairConfig
 from cluster_fl.errors import UserError
 from cluster_fl.models.spec import ModelSpec
 from cluster_fl.nesting.anatomy import Anatomy
@@ -29,9 +30,7 @@ def choose_pairs(
     if config.pairs is None:
         problem = _problem(spec, config, _depth_grid(spec, config, depth), width_grid(config.grid.width_step))
         return search(problem, ratios)
-    for pair in config.pairs:
-        if pair.depth > depth:
-            raise UserError("levels.pairs", f"depth {pair.depth}", f"{spec.name} has only {depth} units.")
+    _check_pairs(config.pairs, spec.name, depth)
     depths = sorted({pair.depth for pair in config.pairs if pair.depth < depth})
     widths = np.array(sorted({pair.width for pair in config.pairs} | {1.0}))
     problem = _problem(spec, config, depths, widths)
@@ -60,6 +59,22 @@ def width_grid(step: float) -> np.ndarray:
     """step, 2 step, ... and always 1."""
     grid = np.round(np.arange(1, round(1 / step) + 1) * step, 12)
     return np.append(grid[grid < 1], 1.0)
+
+
+def _check_pairs(pairs: Sequence[PairConfig], name: str, depth: int) -> None:
+    for lower, upper in itertools.pairwise(pairs):
+        if upper.depth < lower.depth:
+            raise UserError(
+                "levels.pairs", f"depth {upper.depth}", "must not fall from one level to the next."
+            )
+    top = pairs[-1]
+    if top.depth > depth:
+        raise UserError("levels.pairs", f"depth {top.depth}", f"{name} has only {depth} units.")
+    if (top.width, top.depth) != (1, depth):
+        given = f"width {top.width:g}, depth {top.depth}"
+        raise UserError(
+            "levels.pairs", given, f"the last level must be the full model: width 1, depth {depth}."
+        )
 
 
 def _depth_grid(spec: ModelSpec, config: LevelsConfig, depth: int) -> list[int]:

@@ -32,10 +32,6 @@ class Submodel:
     units: tuple[int, ...]
     exits: tuple[int, ...]
 
-    @property
-    def is_prefix(self) -> bool:
-        return all(isinstance(c, int) for c in self.channels)
-
 
 def full(anatomy: Anatomy) -> Submodel:
     """The whole model with all its exits."""

@@ -76,6 +76,6 @@ def _geometric(levels: int) -> list[float]:
 
 def _profile(key: str, given: list[float] | None, default: list[float], levels: int) -> np.ndarray:
     values = default if given is None else given
-    if len(values) != levels or min(values) <= 0:
+    if len(values) != levels or not all(value > 0 for value in values):
         raise UserError(key, values, f"must be {levels} positive numbers, one a level, smallest level first.")
     return np.asarray(values, dtype=np.float64)

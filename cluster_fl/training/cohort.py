@@ -22,17 +22,22 @@ from cluster_fl.training.worker import Worker
 
 
 @dataclass(frozen=True)
-class CohortResult:
-    """The partial sum of a cohort and, in its clients' order, what each of them reported.
+class CohortReport:
+    """What the clients of a cohort reported, in their order.
 
     ``refused`` are clients whose update was not finite or out of range; they are not in the sum.
     """
 
-    partial: PartialSum
     clients: tuple[int, ...]
     losses: tuple[float, ...]
     steps: tuple[int, ...]
     refused: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CohortResult:
+    partial: PartialSum
+    report: CohortReport
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Cohort:
             if reports[-1].steps and not partial.add(received, read(module), weight):
                 refused.append(client)
         losses, steps = tuple(r.loss for r in reports), tuple(r.steps for r in reports)
-        return CohortResult(partial, self.clients, losses, steps, tuple(refused))
+        return CohortResult(partial, CohortReport(self.clients, losses, steps, tuple(refused)))
 
 
 def form(

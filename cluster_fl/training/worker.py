@@ -44,6 +44,14 @@ class Outcome(Generic[Result]):
     seconds: float
 
 
+def _make_deterministic(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class Worker:
     """One pool's share of the machine. One thread, since two give other bits than one."""
 
@@ -51,6 +59,7 @@ class Worker:
         self, config: Config, plan: Plan, dataset: Dataset, shares: Shares, device: torch.device
     ) -> None:
         self.config, self.plan, self.shares, self.device = config, plan, shares, device
+        _make_deterministic(device)
         self.data = Resident(dataset, device)
         self.program = methods.get(config.method).program(config, plan)
         self._full = plan.model.build()

@@ -31,14 +31,12 @@ def batches(*sizes: int) -> list[Tensor]:
 @pytest.mark.parametrize("policy", ["batch", "static"])
 def test_batch_statistics_in_training_and_evaluation(policy: str) -> None:
     net, (x,) = model(policy), batches(6)
-    assert norm.uses_batch_statistics(net)
     assert not list(net.buffers())
     assert torch.equal(net.train()(x)[0], net.eval()(x)[0])
 
 
 def test_per_level_tracks() -> None:
     net, (x,) = model("per_level"), batches(6)
-    assert not norm.uses_batch_statistics(net)
     stem = net.stem.bn
     assert stem.momentum == 0.1
     net.train()(x)
@@ -46,10 +44,6 @@ def test_per_level_tracks() -> None:
     torch.testing.assert_close(stem.running_mean, 0.1 * mean)
     alone, together = net.eval()(x[:1])[0], net(x)[0][:1]
     torch.testing.assert_close(alone, together)
-
-
-def test_models_without_norms_use_no_batch_statistics() -> None:
-    assert not norm.uses_batch_statistics(build("fedavg_cnn", SHAPE, 10))
 
 
 def test_policies_undo_each_other() -> None:
@@ -95,7 +89,6 @@ def test_set_statistics_decide_evaluation() -> None:
     for x in data:
         net.train()(x)
     norm.set_statistics(other, norm.statistics(net))
-    assert not norm.uses_batch_statistics(other)
     assert torch.equal(other.eval()(data[0])[0], net.eval()(data[0])[0])
     torch.testing.assert_close(other(data[0][:1])[0], other(data[0])[0][:1])
 

@@ -1,0 +1,268 @@
+"""What a run leaves on disk: whole or not at all, newest first, and never trusted without its checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster_fl import records
+from cluster_fl.config import Config
+from cluster_fl.errors import RunError, UserError
+from cluster_fl.records import Progress, RunFolder, weights_sha256
+from tests.tiny import tiny
+
+STATE = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([-0.0, 1.5], dtype=np.float32)}
+
+
+def progress(rounds: int) -> Progress:
+    state = {name: array + np.float32(rounds) for name, array in STATE.items()}
+    return Progress(rounds, state, 1.5 * rounds, 2.5 * rounds, 3 * rounds, 4 * rounds)
+
+
+def same(one: Progress | None, other: Progress) -> bool:
+    return (
+        one is not None
+        and {**vars(one), "state": 0} == {**vars(other), "state": 0}
+        and {n: (a.dtype, a.shape, a.tobytes()) for n, a in one.state.items()}
+        == {n: (a.dtype, a.shape, a.tobytes()) for n, a in other.state.items()}
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, config: Config) -> RunFolder:
+    made = RunFolder(tmp_path / "run")
+    made.create(config)
+    return made
+
+
+def checkpoints(folder: RunFolder) -> list[str]:
+    return sorted(path.name for path in (folder.path / "checkpoints").iterdir())
+
+
+def test_hash_is_of_all_bytes_in_name_order() -> None:
+    digest = hashlib.sha256(STATE["a"].tobytes() + STATE["b"].tobytes())
+    assert weights_sha256(STATE) == digest.hexdigest()
+    assert weights_sha256(dict(sorted(STATE.items()))) == digest.hexdigest()
+
+
+def test_hash_reads_elements_in_c_order() -> None:
+    assert weights_sha256(STATE | {"b": np.asfortranarray(STATE["b"])}) == weights_sha256(STATE)
+    assert weights_sha256(STATE | {"b": STATE["b"][:, ::-1][:, ::-1]}) == weights_sha256(STATE)
+
+
+def test_hash_sees_a_single_bit() -> None:
+    assert weights_sha256(STATE | {"a": np.array([0.0, 1.5], dtype=np.float32)}) != weights_sha256(STATE)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(folder: RunFolder, config: Config) -> None:
+    folder.save(config, progress(1))
+    assert same(folder.load(config), progress(1))
+
+
+def test_a_transposed_view_comes_back_as_it_was(folder: RunFolder, config: Config) -> None:
+    state = {"w": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    folder.save(config, Progress(1, state))
+    assert same(folder.load(config), Progress(1, {"w": np.ascontiguousarray(state["w"])}))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_load(folder: RunFolder, config: Config) -> None:
+    assert folder.load(config) is None
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_only_the_newest_are_kept(folder: RunFolder, config: Config, keep: int) -> None:
+    config.checkpoint.keep = keep
+    for rounds in (1, 2, 9, 10, 11):
+        folder.save(config, progress(rounds))
+        assert same(folder.load(config), progress(rounds))
+    assert checkpoints(folder) == ["round-00009", "round-00010", "round-00011"][-keep:]
+
+
+def test_the_newest_is_the_one_of_the_most_rounds(folder: RunFolder, config: Config) -> None:
+    """Also where the number has outgrown its five digits."""
+    config.checkpoint.keep = 2
+    for rounds in (99_998, 99_999, 100_000):
+        folder.save(config, progress(rounds))
+    assert same(folder.load(config), progress(100_000))
+    assert checkpoints(folder) == ["round-100000", "round-99999"]
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("broken", ["os.replace", "save_file", "_write"])
+def test_an_interrupted_save_leaves_the_one_before(
+    folder: RunFolder, config: Config, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    folder.save(config, progress(1))
+    with monkeypatch.context() as patch:
+        target: Any = os if broken == "os.replace" else records
+        patch.setattr(target, broken.rpartition(".")[2], interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save(config, progress(2))
+    assert same(folder.load(config), progress(1))
+    folder.save(config, progress(2))
+    assert same(folder.load(config), progress(2))
+
+
+def test_drafts_of_dead_processes_do_not_pile_up(
+    folder: RunFolder, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is as large as the model; a run killed now and then must not fill the disk."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 2**22 + 1)  # above what Linux gives to any process
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save(config, progress(1))
+    folder.save(config, progress(1))
+    folder.save(config, progress(2))
+    assert checkpoints(folder) == ["round-00001", "round-00002"]
+
+
+def test_an_interrupted_file_leaves_the_one_before(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_summary({"rounds": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_summary({"rounds": 2})
+    assert folder.summary() == {"rounds": 1}
+
+
+def test_a_checkpoint_that_exists_is_not_written_again(folder: RunFolder, config: Config) -> None:
+    folder.save(config, progress(1))
+    before = {p: p.stat().st_mtime_ns for p in folder.path.rglob("*")}
+    folder.save(config, progress(1))
+    assert {p: p.stat().st_mtime_ns for p in folder.path.rglob("*")} == before
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-1]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, lambda _: b""], ids=["cut", "flipped", "empty"])
+def test_damaged_weights(folder: RunFolder, config: Config, damage: Callable[[bytes], bytes]) -> None:
+    folder.save(config, progress(1))
+    file = folder.path / "checkpoints" / "round-00001" / "state.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RunError, match=r"round-00001.*remove it to go on from the one before"):
+        folder.load(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "{}", '{"rounds": 1}', '{"fingerprint": "F", "weights_sha256": "W", "more": 1}'],
+)
+def test_damaged_meta(folder: RunFolder, config: Config, text: str) -> None:
+    folder.save(config, progress(1))
+    file = folder.path / "checkpoints" / "round-00001" / "meta.json"
+    meta = json.loads(file.read_text())
+    file.write_text(text.replace("F", meta["fingerprint"]).replace("W", meta["weights_sha256"]))
+    with pytest.raises(RunError, match=r"round-00001.*damaged"):
+        folder.load(config)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "meta.json"])
+def test_a_missing_file(folder: RunFolder, config: Config, name: str) -> None:
+    folder.save(config, progress(1))
+    (folder.path / "checkpoints" / "round-00001" / name).unlink()
+    with pytest.raises(RunError, match=r"round-00001.*damaged"):
+        folder.load(config)
+
+
+def test_the_one_before_is_good_once_a_damaged_one_is_removed(folder: RunFolder, config: Config) -> None:
+    folder.save(config, progress(1))
+    folder.save(config, progress(2))
+    newest = folder.path / "checkpoints" / "round-00002"
+    (newest / "state.safetensors").write_bytes(b"")
+    with pytest.raises(RunError):
+        folder.load(config)
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    assert same(folder.load(config), progress(1))
+
+
+def test_another_configuration_is_refused(tmp_path: Path, folder: RunFolder, config: Config) -> None:
+    folder.save(config, progress(1))
+    with pytest.raises(UserError, match="another configuration"):
+        folder.load(tiny(tmp_path, "train.lr=0.05"))
+    elsewhere = tiny(tmp_path, "cluster.pools=2", "checkpoint.every=3", "run.root=elsewhere")
+    assert same(folder.load(elsewhere), progress(1))
+
+
+def test_create_writes_the_configuration_once(folder: RunFolder, config: Config) -> None:
+    assert folder.config() == config
+    assert [path.name for path in folder.path.iterdir()] == ["config.yaml"]
+    with pytest.raises(UserError, match="resume"):
+        folder.create(config)
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        RunFolder(tmp_path / "nothing").config()
+
+
+def test_a_root_that_cannot_be_written(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^run\.root="):
+        RunFolder(tmp_path / "file" / "run").create(config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rounds=st.integers(0, 6),
+    keep=st.integers(0, 8),
+    cut=st.integers(0, 32),
+    nulls=st.integers(0, 3),
+)
+def test_rewind_cuts_back_whatever_the_last_line_is(
+    tmp_path_factory: pytest.TempPathFactory, rounds: int, keep: int, cut: int, nulls: int
+) -> None:
+    """A crash leaves the beginning of a line; a power failure may leave zeros behind it."""
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    written: list[dict[str, Any]] = [{"round": number, "x": [0.1, "ä"]} for number in range(rounds)]
+    for record in written:
+        folder.append_round(record)
+    with folder.rounds_file.open("ab") as file:
+        file.write(json.dumps({"round": rounds, "x": [0.1, "ä"]})[:cut].encode() + b"\0" * nulls)
+    folder.rewind(keep)
+    assert list(folder.rounds()) == written[:keep]
+    folder.append_round({"round": keep})
+    assert list(folder.rounds()) == [*written[:keep], {"round": keep}]
+
+
+def test_rewind_without_records(folder: RunFolder) -> None:
+    folder.rewind(0)
+    assert list(folder.rounds()) == []
+
+
+def test_rewind_is_whole_or_not_at_all(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        folder.append_round({"round": number})
+    before = folder.rounds_file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.rewind(1)
+    assert folder.rounds_file.read_bytes() == before
