@@ -169,7 +169,7 @@ def test_evaluation_leaves_no_trace_in_training(
     for task in evaluations(experiment.plan, experiment.population, [0, 1], "test", statistics):
         task.run(worker, state)
     after = cohort.run(worker, state)
-    assert after.losses == before.losses
+    assert after.report.losses == before.report.losses
     assert all(after.partial.updates[n].tobytes() == u.tobytes() for n, u in before.partial.updates.items())
 
 

@@ -105,7 +105,7 @@ def writes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 # config, plan, two checkpoints of two renames each, summary; and a sync before each but the folders', and three
 # rounds.
-WRITES = {"replace": 7, "fsync": 8}
+WRITES = {"replace": 7, "fsync": 12}
 
 
 def test_the_list_of_writes_is_complete(writes: dict[str, int]) -> None:

@@ -31,13 +31,16 @@ def seeded(seed: int = 5) -> torch.Generator:
 
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 5))
 def test_batch_sizes_sum_and_none_is_too_small(samples, batch_size, smallest):
+    if batch_size < smallest:
+        with pytest.raises(ValueError, match=f"batches of {batch_size} cannot hold {smallest}"):
+            batch_sizes(samples, batch_size, smallest)
+        return
     sizes = batch_sizes(samples, batch_size, smallest)
     if samples < smallest or samples == 0:
         assert sizes == []
         return
     assert sum(sizes) == samples
-    if batch_size >= smallest:
-        assert min(sizes) >= smallest
+    assert min(sizes) >= smallest
     assert max(sizes) <= batch_size + smallest
     assert all(size == batch_size for size in sizes[:-1])
 

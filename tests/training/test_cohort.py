@@ -92,9 +92,9 @@ def test_company_does_not_show(
         cohort(3, (0,)).run(worker, state)
     result = cohort(2, clients).run(worker, state)
     assert bits(result.partial) == summed([alone[c].partial for c in clients])
-    assert result.clients == clients
-    assert result.losses == tuple(alone[c].losses[0] for c in clients)
-    assert result.steps == tuple(alone[c].steps[0] for c in clients)
+    assert result.report.clients == clients
+    assert result.report.losses == tuple(alone[c].report.losses[0] for c in clients)
+    assert result.report.steps == tuple(alone[c].report.steps[0] for c in clients)
     assert result.partial.weight == ROUND_WEIGHT * len(clients)
     assert all(any(update.any() for update in alone[c].partial.updates.values()) for c in clients)
 
@@ -134,13 +134,13 @@ def test_a_client_without_a_batch_is_not_in_the_sum(
     result = cohort(2, (idle, busy)).run(hosting(experiment, shares), state)
     assert bits(result.partial) == bits(alone[busy].partial)
     assert result.partial.weight == ROUND_WEIGHT
-    assert (result.steps[0], result.losses[0], result.refused) == (0, 0.0, ())
+    assert (result.report.steps[0], result.report.losses[0], result.report.refused) == (0, 0.0, ())
 
 
 @pytest.mark.parametrize("rate", [1e30, float("nan")])
 def test_a_diverged_client_is_refused_and_named(experiment: Experiment, state: State, rate: float) -> None:
     result = cohort(3, (4, 7)).run(hosting(experiment, None, ("lr", rate)), state)
-    assert result.refused == (4, 7)
+    assert result.report.refused == (4, 7)
     assert result.partial.weight == 0
     assert not any(update.any() for update in result.partial.updates.values())
 
@@ -160,7 +160,7 @@ def test_one_diverged_client_leaves_the_others_alone(
     other = hosting(experiment)
     other.program = program
     result = cohort(2, (bad, good)).run(other, state)
-    assert result.refused == (bad,)
+    assert result.report.refused == (bad,)
     assert bits(result.partial) == bits(alone[good].partial)
 
 
