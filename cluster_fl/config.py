@@ -104,7 +104,7 @@ class DataConfig:
     root: str = option("data", "folder that holds, or is to hold, the data sets")
     download: bool = option(True, "download what is missing")
     held_out: int = option(
-        0, "training samples set aside, spread over the clients, for evaluation during a run", low=0
+        0, "training samples set aside for evaluation during a run; 0: rounds have no accuracy", low=0
     )
     augment: bool = option(True, "random crop and flip where the data set has them")
     partition: PartitionConfig = option(PartitionConfig, "")
