@@ -95,9 +95,9 @@ class RayPools:
                 self._starting[pool.device.remote()] = pool
                 continue
             except RayTaskError as error:
-                raise task_error(error, tasks[position]) from None
+                raise task_error(error, tasks[position]) from error
             except UnserializableException as error:
-                raise RunError(f"{describe(tasks[position])}: {_last_line(error)}") from None
+                raise RunError(f"{describe(tasks[position])}: {_last_line(error)}") from error
             else:
                 self._usage.busy_s += outcome.seconds
                 yield position, outcome
@@ -140,7 +140,7 @@ class RayPools:
         try:
             device: str = ray.get(started)
         except (RayActorError, RayTaskError) as error:
-            raise RunError(f"a pool could not start: {_last_line(error)}") from None
+            raise RunError(f"a pool could not start: {_last_line(error)}") from error
         return device
 
     def _start(self) -> Any:
@@ -162,7 +162,7 @@ class RayPools:
             raise RunError(
                 f"{describe(task)}: its pool died {attempts} times (cluster.retries={self._cluster.retries}): "
                 f"{str(error).splitlines()[0]}"
-            ) from None
+            ) from error
 
 
 def task_error(error: RayTaskError, task: Task[Any]) -> ClusterFLError:

@@ -35,10 +35,10 @@ class Session:
                 yield ray.get(event)
         except RayTaskError as error:
             if isinstance(error.cause, ClusterFLError):
-                raise error.cause from None
+                raise error.cause from error
             raise RunError(f"the driver failed: {type(error.cause).__name__}: {error.cause}") from error
         except RayActorError as error:
-            raise RunError(f"the driver died: {str(error).strip().splitlines()[-1].strip()}") from None
+            raise RunError(f"the driver died: {str(error).strip().splitlines()[-1].strip()}") from error
 
     def stop(self) -> int:
         try:
@@ -65,7 +65,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(
             f"cannot connect to Ray at {address or 'local'}: {str(error).splitlines()[0]}"
-        ) from None
+        ) from error
     try:
         yield
     finally:

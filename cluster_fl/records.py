@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,6 +87,14 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         _write(self.path / "summary.json", _pretty(summary))
+
+    def write_error(self, error: Exception) -> str:
+        """Keeps the full report of a failure; says where, or nothing if the run never began."""
+        if not self.path.is_dir():
+            return ""
+        log = self.path / "error.log"
+        _write(log, "".join(traceback.format_exception(error)))
+        return f"The full report is in {log}."
 
     def summary(self) -> dict[str, Any] | None:
         file = self.path / "summary.json"

@@ -17,7 +17,7 @@ from cluster_fl import experiment
 from cluster_fl.compose import INCIDENTAL, compose
 from cluster_fl.config import Config, DataConfig
 from cluster_fl.data import datasets
-from cluster_fl.errors import UserError
+from cluster_fl.errors import RunError, UserError
 from cluster_fl.records import RunFolder
 from ops import tables
 from ops.progress import Screen
@@ -81,6 +81,9 @@ def _drive(config: Config, folder: RunFolder, args: argparse.Namespace, resume: 
                 f"{rounds} of {config.rounds} rounds are kept; go on with `cluster-fl resume {folder.path}`"
             )
             raise KeyboardInterrupt(kept if rounds else "no round was complete") from None
+        except RunError as error:
+            screen.close()
+            raise RunError(f"{error} {folder.write_error(error)}") from error
     _show(args, folder, summary)
     return 0
 
