@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -13,6 +12,7 @@ from cluster_fl.config import choose
 from cluster_fl.errors import UserError
 from cluster_fl.models.blocks import conv3x3, pooled_linear
 from cluster_fl.models.layered import Layered
+from cluster_fl.models.meta import meta_twin
 from cluster_fl.models.seeded import seeded
 
 # Batch normalisation refuses a single value per channel.
@@ -59,9 +59,8 @@ def attach_exits(
 
 def _feature_shapes(model: Layered, input_shape: tuple[int, int, int]) -> dict[int, Shape]:
     """Shape of one sample's features after p units, for every p: one forward on the meta device."""
-    twin = copy.deepcopy(model).to("meta").eval()
     shapes: dict[int, Shape] = {}
-    with torch.no_grad():
+    with meta_twin(model) as twin:
         x = twin.stem(torch.empty(BATCH, *input_shape, device="meta"))
         for number, unit in twin.units.items():
             x = unit(x)

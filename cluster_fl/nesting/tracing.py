@@ -6,7 +6,6 @@ Nothing is computed and no graph is built: every ATen operation of one forward p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cluster_fl.models.meta import meta_twin
 from cluster_fl.nesting.anatomy import Anatomy, ChannelGroup, Layer
 from cluster_fl.nesting.rules import RULES, Axes, pointwise, unknown
 from cluster_fl.nesting.wires import FIXED, Axis, Span, Wires
@@ -29,10 +29,10 @@ def anatomy(model: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
         model: any module; it is not changed. ``depth`` and ``exits`` are read where it is ``Layered``.
         input_shape: shape of one sample, e.g. (C, H, W).
     """
-    twin = copy.deepcopy(model).to("meta").eval()
-    tracer = Tracer(dict(state_tensors(twin)))
-    with torch.no_grad(), tracer:
-        outputs = twin(torch.empty(BATCH, *input_shape, device="meta"))
+    with meta_twin(model) as twin:
+        tracer = Tracer(dict(state_tensors(twin)))
+        with tracer:
+            outputs = twin(torch.empty(BATCH, *input_shape, device="meta"))
     for output in outputs if isinstance(outputs, list | tuple) else [outputs]:
         for axis in tracer.axes(output):
             tracer.wires.fix(axis, "output")
