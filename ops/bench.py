@@ -1,7 +1,8 @@
 """Measures what the project promises about its own speed.
 
 python -m ops.bench search CONFIG... [key=value ...]
-    seconds of the split search on one core, from the model's name to the chosen pairs
+    seconds of the split search on one core, from the model's name to the chosen pairs; before that,
+    what torch takes to import its code for the meta device when it is used for the first time
 
 python -m ops.bench overhead RUN_DIR [--plain]
     where a recorded run's rounds went: the share of the pools' time in tasks, idle at the tail of a
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cluster_fl import experiment
 from cluster_fl.compose import compose
@@ -30,6 +32,7 @@ from cluster_fl.data.batching import Resident, batch_sizes
 from cluster_fl.nesting.extraction import extract
 from cluster_fl.nesting.levels import ratios
 from cluster_fl.nesting.splitting import choose_pairs
+from cluster_fl.nesting.tracing import anatomy
 from cluster_fl.records import RunFolder
 from cluster_fl.seeding import Purpose, torch_generator
 from cluster_fl.training.program import SGD
@@ -59,6 +62,9 @@ def _search(args: argparse.Namespace) -> None:
     files, overrides = ([w for w in args.words if ("=" in w) == given] for given in (False, True))
     config = compose(files, overrides)
     spec = experiment.model_spec(config, *datasets.describe(config.data))
+    start = time.perf_counter()
+    anatomy(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)), (1, 2, 2))
+    print(f"torch's first use of the meta device: {time.perf_counter() - start:.3f} s")
     for repeat in range(REPEATS):
         start = time.perf_counter()
         chosen, feasible = choose_pairs(spec, config.levels, ratios(config.levels))
