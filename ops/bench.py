@@ -37,6 +37,7 @@ from cluster_fl.records import RunFolder
 from cluster_fl.seeding import Purpose, torch_generator
 from cluster_fl.training.program import SGD
 from cluster_fl.training.schedule import learning_rate
+from ops.commands import split_words
 
 REPEATS = 5
 
@@ -59,8 +60,7 @@ def main() -> None:
 
 def _search(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    files, overrides = ([w for w in args.words if ("=" in w) == given] for given in (False, True))
-    config = compose(files, overrides)
+    config = compose(*split_words(args.words))
     spec = experiment.model_spec(config, *datasets.describe(config.data))
     start = time.perf_counter()
     anatomy(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)), (1, 2, 2))
@@ -100,17 +100,15 @@ def _overhead(args: argparse.Namespace) -> None:
 def plain_seconds(config: Config, record: dict[str, Any], processes: int) -> float:
     """Wall-clock seconds of the slowest process; imports, data and models are there before it starts."""
     prepared = experiment.prepare(config)
-    work = sorted(
-        record["participants"],
-        key=lambda p: (
-            -prepared.plan.level(p["level"]).cost.macs * len(prepared.population.shares.train[p["client"]])
-        ),
-    )
+
+    def work(participant: dict[str, Any]) -> int:
+        samples = len(prepared.population.shares.train[participant["client"]])
+        return prepared.plan.level(participant["level"]).cost.macs * samples
+
     loads, dealt = [0.0] * processes, [[] for _ in range(processes)]  # type: list[float], list[list[int]]
-    for participant in work:
+    for participant in sorted(record["participants"], key=work, reverse=True):
         least = loads.index(min(loads))
-        macs = prepared.plan.level(participant["level"]).cost.macs
-        loads[least] += macs * len(prepared.population.shares.train[participant["client"]])
+        loads[least] += work(participant)
         dealt[least].append(participant["client"])
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes)

@@ -32,7 +32,7 @@ class Runner(Protocol):
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _absolute(compose(*_split(args.words)))
+    config = _absolute(compose(*split_words(args.words)))
     folder = RunFolder(Path(config.run.root) / (config.run.name or _name(config, args.words)))
     folder.refuse_existing()
     return _drive(config, folder, args, resume=False)
@@ -56,7 +56,7 @@ def resume(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    config = compose(*_split(args.words))
+    config = compose(*split_words(args.words))
     made = experiment.make_plan(config, datasets.describe(config.data))
     if args.json:
         print(json.dumps(made.as_json(), indent=2))
@@ -105,7 +105,7 @@ def _show(args: argparse.Namespace, folder: RunFolder, summary: dict[str, Any]) 
         tables.show_summary(folder.plan(), summary, folder.path)
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def split_words(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Files are what has no '=': they may stand anywhere before or between overrides."""
     files = [a for a in arguments if "=" not in a]
     if not files:

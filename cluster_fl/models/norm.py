@@ -29,7 +29,7 @@ def apply_norm_policy(model: nn.Module, policy: str) -> None:
         UserError: there is no such policy.
     """
     choose("model.norm", policy, POLICIES)
-    for _, module in _batch_norms(model):
+    for _, module in batch_norms(model):
         if policy == "per_level":
             _track(module, momentum=0.1)
         else:
@@ -41,7 +41,7 @@ def start_collecting(model: nn.Module) -> None:
 
     Without momentum they hold the mean of what all batches since had.
     """
-    for _, module in _batch_norms(model):
+    for _, module in batch_norms(model):
         if module.running_mean is None:
             _track(module, momentum=None)
 
@@ -50,7 +50,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the running statistics, each (C,), by name (``units.0.bn1.running_mean``)."""
     return {
         f"{name}.{leaf}": buffer.clone()
-        for name, module in _batch_norms(model)
+        for name, module in batch_norms(model)
         for leaf in BUFFERS
         if (buffer := getattr(module, leaf)) is not None
     }
@@ -59,12 +59,13 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 def set_statistics(model: nn.Module, stats: Mapping[str, Tensor]) -> None:
     """Makes evaluation normalise by ``stats``, which name every batch norm of ``model``."""
     start_collecting(model)
-    for name, module in _batch_norms(model):
+    for name, module in batch_norms(model):
         for leaf in BUFFERS:
             getattr(module, leaf).copy_(stats[f"{name}.{leaf}"])
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Every batch norm of ``model`` with its name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
 
 

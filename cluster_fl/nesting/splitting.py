@@ -13,7 +13,7 @@ from cluster_fl.models.spec import ModelSpec
 from cluster_fl.nesting.anatomy import Anatomy
 from cluster_fl.nesting.cost import cost, tables
 from cluster_fl.nesting.plan import Level
-from cluster_fl.nesting.search import Candidate, Problem, candidate_at, plain_cost, search
+from cluster_fl.nesting.search import Candidate, Problem, candidate_at, search
 from cluster_fl.nesting.submodel import prefix
 from cluster_fl.nesting.tracing import anatomy
 
@@ -42,9 +42,11 @@ def choose_pairs(
 
 
 def make_levels(chosen: Sequence[Candidate], traced: Anatomy, config: LevelsConfig) -> tuple[Level, ...]:
-    """The levels of the final model, each answering at every exit up to its own depth (ScaleFL, 3.2)."""
-    metric = "macs" if config.metric == "macs" else "params"
-    plain = plain_cost(traced, tables(traced, np.array([1.0]), config.rounding)[metric])
+    """The levels of the final model, each answering at every exit up to its own depth (ScaleFL, 3.2).
+
+    ``chosen`` ends in the full model, whose cost is the plain one that ratios are taken against.
+    """
+    plain = chosen[-1].cost
     levels = []
     for number, candidate in enumerate(chosen, start=1):
         exits = sorted({p for p in traced.exits if p <= candidate.depth} | {candidate.depth})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_the_published_state_is_never_written(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Saboteur(Cohort):
+class Saboteur(Cohort, ABC):
     """A cohort that trains and then does something else than to return."""
 
     mark: str = ""
@@ -137,8 +138,9 @@ class Saboteur(Cohort):
         self.sabotage()
         return result
 
+    @abstractmethod
     def sabotage(self) -> None:
-        raise NotImplementedError
+        """What it does instead."""
 
 
 @dataclass(frozen=True)
