@@ -43,7 +43,8 @@ class PairConfig:
     """One level's split, given instead of searched."""
 
     width: float = option(1.0, "share of the channels kept", above=0, high=1)
-    depth: int = option(1, "units kept from the front", low=1)
+    depth: int | None = option(None, "units kept from the front; all when not given", low=1)
+    keep: list[int] | None = option(None, "numbers of the units kept, instead of a depth (NeFL)", low=0)
 
 
 @dataclass
@@ -65,6 +66,17 @@ class LevelsConfig:
     )
     pairs: list[PairConfig] | None = option(None, "the split of each level; no search")
     shares: list[float] | None = option(None, "share of the clients at each level; equal when not given")
+    order: str = option(
+        "shuffled",
+        "who is at which level: at random, or by client number, the smallest level first (rising) or last",
+        choices=("shuffled", "rising", "falling"),
+    )
+    draw: str = option(
+        "fixed",
+        "which level a participant trains: its own; any, by shares (dynamic); one near its own (window)",
+        choices=("fixed", "dynamic", "window"),
+    )
+    window: int = option(2, "window: how far from its own level a participant's may be", low=0)
     tolerance: float = option(0.1, "how far a level's cost may be from its budget, relative", low=0)
     metric: str = option("params", "what a budget counts", choices=("params", "macs", "both"))
     rounding: str = option("floor", "channels kept = rounding(width x channels)", choices=("floor", "ceil"))
@@ -81,33 +93,66 @@ class ModelConfig:
     name: str = option("resnet20", "a model of `cluster_fl.models`")
     norm: str = option(
         "batch",
-        "batch: batch statistics, always; static: collected after training; per_level: one copy a level",
-        choices=("batch", "static", "per_level"),
+        "batch: batch statistics, always; static: collected after training; per_level: one copy a level; "
+        "group: group norm; none: no norm",
+        choices=("batch", "static", "per_level", "group", "none"),
     )
-    exit_head: str = option("conv3", "what hangs at an exit", choices=("conv3", "linear"))
+    norm_groups: int = option(16, "group: groups of every norm", low=1)
+    exit_head: str = option("conv3", "what hangs at an exit", choices=("conv3", "linear", "sepconv"))
     options: dict[str, Any] = option({}, "arguments of the model's constructor")
 
 
 @dataclass
 class PartitionConfig:
-    name: str = option("iid", "how samples are spread over clients", choices=("iid", "dirichlet", "shards"))
+    name: str = option(
+        "iid",
+        "how samples are spread over clients; natural: as the data set's own groups, e.g. HAR's subjects",
+        choices=("iid", "dirichlet", "shards", "classes", "natural"),
+    )
     alpha: float = option(1.0, "dirichlet: concentration; small is skewed", above=0)
     shards_per_client: int = option(2, "shards: pieces of one class each client gets", low=1)
+    classes: list[int] = option(
+        [2],
+        "classes: how many classes a client has, for all or one value per client; 0 is an IID share",
+        low=0,
+    )
     seed: int | None = option(None, "seed of the partition alone; the run's seed when not given", low=0)
+
+
+DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "har")
 
 
 @dataclass
 class DataConfig:
-    name: str = option(
-        "digits", "data set", choices=("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
-    )
+    name: str = option("digits", "data set", choices=DATA_SETS)
     root: str = option("data", "folder that holds, or is to hold, the data sets")
     download: bool = option(True, "download what is missing")
     held_out: int = option(
         0, "training samples set aside for evaluation during a run; 0: rounds have no accuracy", low=0
     )
+    public: int = option(
+        0, "training samples set aside for the server, in no client's part; nobody reads their labels", low=0
+    )
+    public_name: str | None = option(
+        None,
+        "the data set to take them from, its samples of the same shape; data.name itself when not given",
+        choices=DATA_SETS,
+    )
     augment: bool = option(True, "random crop and flip where the data set has them")
     partition: PartitionConfig = option(PartitionConfig, "")
+
+
+@dataclass
+class CorrectionConfig:
+    """What local steps add to the gradient against the drift of clients."""
+
+    name: str = option(
+        "none",
+        "proximal (FedProx), scaffold (control variates) or feddyn (dynamic regularisation)",
+        choices=("none", "proximal", "scaffold", "feddyn"),
+    )
+    mu: float = option(0.01, "proximal: weight of the squared distance to the received weights", low=0)
+    alpha: float = option(0.1, "feddyn: weight of the regularisation", above=0)
 
 
 @dataclass
@@ -117,16 +162,32 @@ class TrainConfig:
     lr: float = option(0.1, "learning rate of round 0", low=0)
     momentum: float = option(0.9, "SGD momentum; its buffer starts at zero in each round", low=0, high=1)
     weight_decay: float = option(0.0, "SGD weight decay", low=0)
-    schedule: str = option("constant", "learning rate over rounds", choices=("constant", "step", "cosine"))
+    schedule: str = option(
+        "constant", "learning rate over rounds", choices=("constant", "step", "exponential", "cosine")
+    )
     milestones: list[int] = option([], "step: rounds from which the rate is multiplied by gamma")
-    gamma: float = option(0.1, "step: the factor", above=0, high=1)
+    gamma: float = option(0.1, "step: the factor; exponential: the factor of every round", above=0, high=1)
     clip_norm: float | None = option(None, "largest norm of a step's gradient", above=0)
+    correction: CorrectionConfig = option(CorrectionConfig, "")
     cohort_size: int = option(4, "clients in one task of a pool", low=1)
 
 
 @dataclass
 class AggregationConfig:
     weights: str = option("uniform", "weight of a client in the mean", choices=("uniform", "samples"))
+
+
+@dataclass
+class ServerConfig:
+    """What the server makes of the mean update (FedOpt, Reddi et al., ICLR 2021)."""
+
+    optimizer: str = option(
+        "none", "none: add the mean update times lr", choices=("none", "adagrad", "adam", "yogi")
+    )
+    lr: float = option(1.0, "server learning rate", above=0)
+    beta1: float = option(0.9, "decay of the first moment", low=0, high=1)
+    beta2: float = option(0.99, "adam, yogi: decay of the second moment", low=0, high=1)
+    tau: float = option(1e-3, "adaptivity: what is added to the root of the second moment", above=0)
 
 
 @dataclass
@@ -153,6 +214,10 @@ class TimeConfig:
     down_mbps: list[float] | None = option(None, "download rate of a level's device, Mbit/s")
     up_mbps: list[float] | None = option(None, "upload rate of a level's device, Mbit/s")
     latency_s: float = option(0.05, "round trip time, seconds", low=0)
+    load: list[float] = option(
+        [0.0], "shares of a device that other work may take; a Markov chain over them, a step a round", low=0
+    )
+    load_stay: float = option(0.7, "chance that a device's load stays for another round", low=0, high=1)
 
 
 @dataclass
@@ -184,6 +249,7 @@ class Config:
     data: DataConfig = option(DataConfig, "")
     train: TrainConfig = option(TrainConfig, "")
     aggregation: AggregationConfig = option(AggregationConfig, "")
+    server: ServerConfig = option(ServerConfig, "")
     evaluate: EvaluateConfig = option(EvaluateConfig, "")
     cluster: ClusterConfig = option(ClusterConfig, "")
     time: TimeConfig = option(TimeConfig, "")
@@ -260,6 +326,17 @@ def _check_together(config: Config) -> None:
         raise UserError("run.name", name, "must be a plain folder name; run.root says where it lies.")
     if cluster.gpus_per_pool > 1 and cluster.gpus_per_pool % 1:
         raise UserError("cluster.gpus_per_pool", cluster.gpus_per_pool, "above 1 it must be a whole number.")
+    if max(config.time.load, default=1.0) >= 1:
+        raise UserError("time.load", config.time.load, "must be shares below 1, e.g. [0,0.25,0.5].")
+    if config.train.correction.name == "scaffold" and config.train.momentum:
+        right = "must be 0 with train.correction.name=scaffold, whose control variates assume plain SGD."
+        raise UserError("train.momentum", config.train.momentum, right)
+    if config.train.correction.name == "feddyn" and config.server.optimizer != "none":
+        right = "must be none with train.correction.name=feddyn, which has a server step of its own."
+        raise UserError("server.optimizer", config.server.optimizer, right)
+    if config.train.correction.name == "feddyn" and config.aggregation.weights != "uniform":
+        right = "must be uniform with train.correction.name=feddyn."
+        raise UserError("aggregation.weights", config.aggregation.weights, right)
     _check_levels(levels, clients.count)
 
 

@@ -23,6 +23,9 @@ class Purpose(IntEnum):
     EVALUATE = 5
     STATISTICS = 6
     DEVICES = 7
+    ALLOCATE = 8
+    CHANNELS = 9
+    DISTIL = 10
 
 
 def sequence(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.SeedSequence:

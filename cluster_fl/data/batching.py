@@ -1,6 +1,6 @@
 """Samples as normalised tensors: single batches, and whole local epochs made in one pass.
 
-Images stay uint8 in memory; only what a client is about to use becomes float32.
+Images stay uint8 in memory; only what a client is about to use becomes float32. Signals are float32 already.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Resident:
 
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
         self.device = device
-        self._inputs = _shared(dataset.inputs, device)  # (N, H, W, C) uint8
+        self._inputs = _shared(dataset.inputs, device)  # (N, H, W, C) uint8 or float32
         self._labels = _shared(dataset.labels, device)
         self._padding, self._flip = dataset.crop_padding, dataset.flip
         pixels = dataset.inputs.shape[1] * dataset.inputs.shape[2]
@@ -52,6 +52,10 @@ class Resident:
         """Samples as they are: normalised float32 (B, C, H, W) in channels_last memory, int64 labels (B,)."""
         index = self._index(rows)
         return self._normalised(self._inputs.index_select(0, index)), self._labels.index_select(0, index)
+
+    def labels(self, rows: np.ndarray | Tensor) -> Tensor:
+        """int64 (B,)."""
+        return self._labels.index_select(0, self._index(rows))
 
     def epoch(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """All of ``rows`` shuffled, cropped and flipped as the data set says; otherwise like :meth:`batch`.
@@ -69,6 +73,7 @@ class Resident:
         return rows.to(self.device) if isinstance(rows, Tensor) else _shared(rows, self.device)
 
     def _normalised(self, images: Tensor) -> Tensor:
+        # In place on ``images`` themselves where they are float32: they are a copy of the samples, never these.
         flat = images.flatten(1).float().mul_(self._gain).sub_(self._shift)
         return flat.view(images.shape).permute(0, 3, 1, 2)
 

@@ -1,4 +1,7 @@
-"""The data sets: every sample of one in a single uint8 array, training rows first, then test rows."""
+"""The data sets: every sample of one in a single array, training rows first, then test rows.
+
+Behind the test rows there may be *foreign* rows: public samples of another data set, without labels.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cluster_fl.config import DataConfig
+from cluster_fl.data import har
 from cluster_fl.errors import UserError
+from cluster_fl.seeding import Purpose, generator
 
 DIGITS_TEST = 360  # test rows of digits, a fifth
 DIGITS_SPLIT = 1797  # seed of the digits split, the same in every run: a test set is not a matter of luck
@@ -25,15 +31,23 @@ class Dataset:
     """All samples of a data set and how they are prepared; arrays are read-only."""
 
     name: str
-    inputs: np.ndarray  # uint8 (N, H, W, C); training rows first, then test rows
-    labels: np.ndarray  # int64 (N,), from 0
+    inputs: (
+        np.ndarray
+    )  # uint8 or float32 (N, H, W, C); training rows first, then test rows, then foreign rows
+    labels: np.ndarray  # int64 (N,), from 0; foreign rows have -1
     train_count: int
     classes: int
-    scale: float  # inputs / scale lies in [0, 1]
+    scale: float  # inputs are divided by it first: 255 for images of bytes, 1 for what has units of its own
     mean: tuple[float, ...]  # per channel, after scaling
     std: tuple[float, ...]
     crop_padding: int  # random crop after zero padding by this many pixels; 0 = none
     flip: bool  # random horizontal flip
+    groups: np.ndarray | None = None  # int64 (N,), whom a sample comes from; foreign rows have -1
+    foreign_count: int = 0
+
+    @property
+    def test_count(self) -> int:
+        return len(self.labels) - self.train_count - self.foreign_count
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -64,29 +78,64 @@ _SOURCES = {
     "cifar10": _CIFAR10,
     "cifar100": replace(_CIFAR10, maker="CIFAR100", classes=100),
 }
-NAMES = ("digits", *_SOURCES)
 
 
 def describe(config: DataConfig) -> tuple[tuple[int, int, int], int]:
     """Shape (C, H, W) of a sample and the number of classes, without reading any file."""
-    if config.name == "digits":
-        return (1, 8, 8), 10
-    source = _SOURCES[config.name]
-    return source.shape, source.classes
+    entry = _ENTRIES[config.name]
+    return entry.shape, entry.classes
 
 
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig, seed: int = 0) -> Dataset:
     """The data set ``config.name``, downloaded if files are missing and ``config.download`` allows it.
 
+    With ``config.public_name``, ``config.public`` training samples of that data set follow as foreign rows.
+
+    Args:
+        seed: which samples these are follows from it, unless ``config.partition.seed`` is given.
+
     Raises:
-        UserError: files are missing, cannot be downloaded, or are damaged (``data.root``).
+        UserError: files are missing, cannot be downloaded, or are damaged (``data.root``), or the other data
+            set does not fit.
     """
-    dataset = _digits() if config.name == "digits" else _torchvision(config, _SOURCES[config.name])
-    dataset.inputs.flags.writeable = dataset.labels.flags.writeable = False
+    dataset = _ENTRIES[config.name].load(config)
+    if config.public and config.public_name is not None:
+        dataset = _with_foreign(dataset, config, config.public_name, seed)
+    for array in (dataset.inputs, dataset.labels, dataset.groups):
+        if array is not None:
+            array.flags.writeable = False
     return dataset if config.augment else replace(dataset, crop_padding=0, flip=False)
 
 
-def _digits() -> Dataset:
+def _with_foreign(dataset: Dataset, config: DataConfig, name: str, seed: int) -> Dataset:
+    """``dataset`` with random training samples of the data set ``name`` behind it, normalised as its own are."""
+    entry = _ENTRIES[name]
+    if name == dataset.name or entry.shape != dataset.input_shape:
+        shape = "x".join(map(str, dataset.input_shape))
+        fitting = [n for n, e in _ENTRIES.items() if e.shape == dataset.input_shape and n != dataset.name]
+        right = f"must be {' or '.join(fitting)}: another data set whose samples are {shape}"
+        if not fitting:
+            right = f"must be left out: no other data set has samples of {shape}"
+        raise UserError("data.public_name", name, f"{right}, like those of {dataset.name}.")
+    other = entry.load(replace(config, name=name))
+    if config.public > other.train_count:
+        right = f"must be at most {other.train_count}, the training samples of {name}."
+        raise UserError("data.public", config.public, right)
+    own_seed = config.partition.seed
+    # Round 1 of this purpose: round 0 is the partition's.
+    rng = generator(seed if own_seed is None else own_seed, Purpose.PARTITION, 1)
+    rows = np.sort(rng.choice(other.train_count, config.public, replace=False))
+    nobody = np.full(config.public, -1, dtype=np.int64)
+    return replace(
+        dataset,
+        inputs=np.concatenate([dataset.inputs, other.inputs[rows]]),
+        labels=np.concatenate([dataset.labels, nobody]),
+        groups=None if dataset.groups is None else np.concatenate([dataset.groups, nobody]),
+        foreign_count=config.public,
+    )
+
+
+def _digits(_: DataConfig) -> Dataset:
     """scikit-learn's 1797 images of 8 x 8, values 0 to 16, which come with the package.
 
     They have no split of their own: the rows are put in order of class, at random inside a class, and test
@@ -105,6 +154,29 @@ def _digits() -> Dataset:
     scaled = inputs[:train] / 16
     mean, std = (float(scaled.mean()),), (float(scaled.std()),)
     return Dataset("digits", inputs, labels[order].astype(np.int64), train, 10, 16.0, mean, std, 0, False)
+
+
+def _har(config: DataConfig) -> Dataset:
+    """UCI HAR's windows as samples of height 1; the groups are the subjects.
+
+    Raises:
+        UserError: the files are missing or damaged (``data.root``).
+    """
+    place = har.find(config.root)
+    try:
+        windows = har.read(place)
+    except Exception as error:  # whatever the reading of a damaged file may raise
+        right = f"{place} is damaged ({_line(error)}); replace it by a fresh copy."
+        raise UserError("data.root", config.root, right) from error
+    is_test = har.last_fifth(windows.activity, windows.subject)
+    order = np.argsort(is_test, kind="stable")
+    inputs = np.ascontiguousarray(windows.signals[order].transpose(0, 2, 1))[:, None]
+    train = len(order) - int(is_test.sum())
+    flat = inputs[:train].reshape(-1, inputs.shape[-1])
+    mean, std = (tuple(map(float, of(axis=0, dtype=np.float64))) for of in (flat.mean, flat.std))
+    groups = windows.subject[order]
+    labels = windows.activity[order]
+    return Dataset("har", inputs, labels, train, har.CLASSES, 1.0, mean, std, 0, False, groups)
 
 
 def _torchvision(config: DataConfig, source: _Source) -> Dataset:
@@ -170,3 +242,23 @@ def _line(error: Exception) -> str:
     """The last line of the message, which names the cause."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is known of a data set before its files are read, and how they are read."""
+
+    shape: tuple[int, int, int]  # (C, H, W)
+    classes: int
+    load: Callable[[DataConfig], Dataset]
+
+
+_ENTRIES = {
+    "digits": _Entry((1, 8, 8), 10, _digits),
+    **{
+        name: _Entry(source.shape, source.classes, partial(_torchvision, source=source))
+        for name, source in _SOURCES.items()
+    },
+    "har": _Entry((len(har.SIGNALS), 1, har.LENGTH), har.CLASSES, _har),
+}
+NAMES = tuple(_ENTRIES)

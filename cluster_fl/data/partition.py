@@ -2,26 +2,22 @@
 
 A partition is made over the *pool*: training rows, then held-out rows, then test rows. Only afterwards are a
 client's rows separated by where they came from, so that its three parts share one class mix (as in
-ScaleFL's released code).
+ScaleFL's released code). The server's public rows are set aside before, and belong to no client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cluster_fl.config import DataConfig, PartitionConfig
+from cluster_fl.data.by_class import by_class
 from cluster_fl.data.datasets import Dataset
+from cluster_fl.data.dirichlet import dirichlet
 from cluster_fl.errors import UserError
 from cluster_fl.seeding import Purpose, generator
-
-Random = np.random.Generator | np.random.RandomState
-
-GROUP = 10  # clients among whom one Dirichlet draw splits a class
-SMALLEST = 0.5  # least share of the mean number of samples that every client of a group gets
-TRIES = 5000  # draws of a group before the skew is called impossible; a few seconds
 
 
 @dataclass(frozen=True)
@@ -31,35 +27,60 @@ class Shares:
     train: tuple[np.ndarray, ...]
     held_out: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
+    # Rows of the server's samples, (public,); their labels are not to be read.
+    public: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 def partition(dataset: Dataset, config: DataConfig, clients: int, seed: int) -> Shares:
-    """The rows of ``dataset`` spread over ``clients``; which rows are held out is random as well.
+    """The rows of ``dataset`` spread over ``clients``; which rows are held out or public is random as well.
 
     Raises:
-        UserError: there are too few samples for the clients, the held-out part or the skew asked for.
+        UserError: there are too few samples for the clients, the held-out or public part or the skew asked
+            for, or the data set does not have what the partition goes by.
     """
-    train = dataset.train_count - config.held_out
-    if train < 1:
+    own_public = config.public if config.public_name is None else 0
+    train = dataset.train_count - config.held_out - own_public
+    if config.held_out >= dataset.train_count:
         right = f"must be below the number of training samples, {dataset.train_count}."
         raise UserError("data.held_out", config.held_out, right)
+    if train < 1:
+        right = f"must be below the number of training samples that are not held out, {train + own_public}."
+        raise UserError("data.public", config.public, right)
     if clients > train:
         raise UserError("clients.count", clients, f"there are only {train} training samples.")
     own_seed = config.partition.seed
     rng = generator(seed if own_seed is None else own_seed, Purpose.PARTITION)
     shuffled = rng.permutation(dataset.train_count)
-    test = np.arange(dataset.train_count, len(dataset.labels))
-    pool = np.concatenate([np.sort(shuffled[:train]), np.sort(shuffled[train:]), test])
-    places = separate(_spread(dataset.labels[pool], config.partition, clients, rng), (train, config.held_out))
-    return Shares(*(tuple(pool[p] for p in own) for own in (places.train, places.held_out, places.test)))
+    # The held-out rows come last: they stay the same ones whatever is made public.
+    kept, public, held_out = np.split(shuffled, [train, train + own_public])
+    test, foreign = np.split(np.arange(dataset.train_count, len(dataset.labels)), [dataset.test_count])
+    pool = np.concatenate([np.sort(kept), np.sort(held_out), test])
+    places = separate(_spread(dataset, pool, config.partition, clients, rng), (train, config.held_out))
+    own, judged, tested = (
+        tuple(pool[p] for p in part) for part in (places.train, places.held_out, places.test)
+    )
+    return Shares(own, judged, tested, np.concatenate([np.sort(public), foreign]))
 
 
-def _spread(labels: np.ndarray, config: PartitionConfig, clients: int, rng: Random) -> list[np.ndarray]:
-    if config.name == "dirichlet":
-        return dirichlet(labels, clients, config.alpha, rng)
-    if config.name == "shards":
-        return shards(labels, clients, config.shards_per_client, rng)
-    return iid(labels, clients, rng)
+def _spread(
+    dataset: Dataset, pool: np.ndarray, config: PartitionConfig, clients: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    labels = dataset.labels[pool]
+    ways: dict[str, Callable[[], list[np.ndarray]]] = {
+        "iid": lambda: iid(labels, clients, rng),
+        "dirichlet": lambda: dirichlet(labels, clients, config.alpha, rng),
+        "shards": lambda: shards(labels, clients, config.shards_per_client, rng),
+        "classes": lambda: by_class(labels, clients, config.classes, rng),
+        "natural": lambda: natural(_groups(dataset)[pool], clients, rng),
+    }
+    return ways[config.name]()
+
+
+def _groups(dataset: Dataset) -> np.ndarray:
+    if dataset.groups is None:
+        right = f"needs samples that come in groups, and those of {dataset.name} do not."
+        raise UserError("data.partition.name", "natural", right)
+    return dataset.groups
 
 
 def separate(parts: Sequence[np.ndarray], sizes: tuple[int, int]) -> Shares:
@@ -70,16 +91,18 @@ def separate(parts: Sequence[np.ndarray], sizes: tuple[int, int]) -> Shares:
     train, held_out = sizes
     bounds = np.array([train, train + held_out])
     origin = [np.searchsorted(bounds, part, side="right") for part in parts]
-    cut = [tuple(part[at == k] for part, at in zip(parts, origin, strict=True)) for k in range(3)]
-    return Shares(*cut)
+    first, second, third = (
+        tuple(part[at == k] for part, at in zip(parts, origin, strict=True)) for k in range(3)
+    )
+    return Shares(first, second, third)
 
 
-def iid(labels: np.ndarray, clients: int, rng: Random) -> list[np.ndarray]:
+def iid(labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Per client positions in ``labels`` (N,), uniform at random; sizes differ by at most one."""
     return np.array_split(rng.permutation(len(labels)), clients)
 
 
-def shards(labels: np.ndarray, clients: int, per_client: int, rng: Random) -> list[np.ndarray]:
+def shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Per client ``per_client`` pieces of the samples sorted by class (McMahan et al. 2017, section 3).
 
     Raises:
@@ -90,68 +113,22 @@ def shards(labels: np.ndarray, clients: int, per_client: int, rng: Random) -> li
         right = f"{clients} clients need {pieces} samples, one a shard, and there are {len(labels)}."
         raise UserError("data.partition.shards_per_client", per_client, right)
     shuffled = rng.permutation(len(labels))
-    by_class = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], pieces)
+    pile = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], pieces)
     hands = rng.permutation(pieces).reshape(clients, per_client)
-    return [np.concatenate([by_class[piece] for piece in hand]) for hand in hands]
+    return [np.concatenate([pile[piece] for piece in hand]) for hand in hands]
 
 
-def dirichlet(labels: np.ndarray, clients: int, alpha: float, rng: Random) -> list[np.ndarray]:
-    """Per client positions in ``labels`` (N,), each class split by Dirichlet(alpha) shares.
+def natural(groups: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Per client positions in ``groups`` (N,): whole groups, dealt round-robin in random order.
 
-    The shuffled samples are cut into groups of ten clients, the last group taking the clients and samples
-    that remain; each group is split on its own (ScaleFL's released code).
+    Numbers of groups differ by at most one between clients; with as many clients as groups, each is one group.
 
     Raises:
-        UserError: no draw gave each client of a group at least half of the group's mean.
+        UserError: there are more clients than groups.
     """
-    if clients > len(labels):
-        raise UserError("clients.count", clients, f"there are only {len(labels)} samples.")
-    shuffled = rng.permutation(len(labels))
-    groups = -(-clients // GROUP)
-    size = int(GROUP / clients * len(labels))
-    parts: list[np.ndarray] = []
-    for group in range(groups):
-        last = group == groups - 1
-        members = shuffled[group * size : None if last else (group + 1) * size]
-        workers = clients - group * GROUP if last else GROUP
-        parts += _split_group(members, labels, workers, alpha, rng)
-    return parts
-
-
-def _split_group(
-    members: np.ndarray, labels: np.ndarray, workers: int, alpha: float, rng: Random
-) -> list[np.ndarray]:
-    least = max(1, int(SMALLEST * len(members) / workers))
-    own = labels[members]
-    classes = [members[own == label] for label in range(int(labels.max()) + 1)]
-    for _ in range(TRIES):
-        parts = _draw(classes, workers, len(members) / workers, alpha, rng)
-        if parts is not None and min(map(len, parts)) >= least:
-            return parts
-    right = (
-        f"too small: in {TRIES} draws, some of {workers} clients always had under {least} of {len(members)} samples; "
-        "raise it or lower clients.count."
-    )
-    raise UserError("data.partition.alpha", alpha, right)
-
-
-def _draw(
-    classes: Sequence[np.ndarray], workers: int, full: float, alpha: float, rng: Random
-) -> list[np.ndarray] | None:
-    """One draw of a group's shares; a worker with ``full`` samples gets no more.
-
-    None if a class found no taker: with a tiny alpha, the shares of all with room can be zero or nan.
-    """
-    sizes = np.zeros(workers, dtype=np.int64)
-    pieces: list[list[np.ndarray]] = []
-    for members in classes:
-        share = rng.dirichlet(np.full(workers, alpha)) * (sizes < full)
-        total = share.sum()
-        if not len(members):
-            continue
-        if not total > 0:
-            return None
-        cuts = (np.cumsum(share / total) * len(members)).astype(np.int64)[:-1]
-        pieces.append(np.split(members, cuts))
-        sizes += [len(piece) for piece in pieces[-1]]
-    return [np.concatenate(own) for own in zip(*pieces, strict=True)]
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    if clients > len(members):
+        right = f"must be at most {len(members)}, the groups that data.partition.name=natural deals out."
+        raise UserError("clients.count", clients, right)
+    order = rng.permutation(len(members))
+    return [np.concatenate([members[group] for group in order[client::clients]]) for client in range(clients)]

@@ -1,4 +1,4 @@
-"""Small networks without residuals: HeteroFL's and FedAvg's for MNIST, and the multilayer perceptron."""
+"""Small networks without residuals: HeteroFL's and FedAvg's for MNIST, one for signals, and the perceptron."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def heterofl_cnn(
         UserError: ``widths`` are not four positive integers, or the samples are smaller than 8x8.
     """
     check_widths("model.options.widths", widths, 4)
-    _check_size("heterofl_cnn", input_shape, 8)
+    _check_size("heterofl_cnn", input_shape, (8, 8))
     channels = (input_shape[0], *widths)
     units = [
         _unit(
@@ -47,7 +47,7 @@ def fedavg_cnn(input_shape: tuple[int, int, int], classes: int) -> Layered:
     Raises:
         UserError: the samples are smaller than 4x4.
     """
-    _check_size("fedavg_cnn", input_shape, 4)
+    _check_size("fedavg_cnn", input_shape, (4, 4))
     channels, height, width = input_shape
     flat = 64 * (height // 4) * (width // 4)
     units = [
@@ -56,6 +56,37 @@ def fedavg_cnn(input_shape: tuple[int, int, int], classes: int) -> Layered:
         _unit(flatten=nn.Flatten(), linear=nn.Linear(flat, 512), relu=nn.ReLU(inplace=True)),
     ]
     return Layered(nn.Identity(), units, _unit(linear=nn.Linear(512, classes)))
+
+
+def har_cnn(
+    input_shape: tuple[int, int, int], classes: int, *, widths: Sequence[int] = (32, 64, 128), kernel: int = 5
+) -> Layered:
+    """A network of our own for signals: three units of convolution along the time, norm, ReLU and pool.
+
+    A sample is C signals of W values, as (C, 1, W); each unit halves W. 53,862 parameters at 9x1x128 with six
+    classes. Samples of more than one row are taken row by row, and the rows' mean is classified.
+
+    Args:
+        input_shape: (C, H, W) of a sample.
+        kernel: values that a convolution spans, odd.
+
+    Raises:
+        UserError: ``widths`` are not three positive integers, ``kernel`` is not odd, or W is below 8.
+    """
+    check_widths("model.options.widths", widths, 3)
+    if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
+        raise UserError("model.options.kernel", kernel, "must be an odd positive integer.")
+    _check_size("har_cnn", input_shape, (1, 8))
+    units = [
+        _unit(
+            conv=nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2), bias=False),
+            bn=nn.BatchNorm2d(outputs),
+            relu=nn.ReLU(inplace=True),
+            pool=nn.MaxPool2d((1, 2)),
+        )
+        for inputs, outputs in pairwise((input_shape[0], *widths))
+    ]
+    return Layered(nn.Identity(), units, nn.Sequential(pooled_linear(widths[-1], classes)))
 
 
 def mlp(input_shape: tuple[int, int, int], classes: int, *, hidden: Sequence[int] = (200, 200)) -> Layered:
@@ -76,9 +107,8 @@ def _unit(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _check_size(name: str, input_shape: tuple[int, int, int], least: int) -> None:
-    if min(input_shape[1:]) < least:
-        size = "x".join(map(str, input_shape[1:]))
-        raise UserError(
-            "model.name", name, f"needs samples of at least {least}x{least}, but these are {size}."
-        )
+def _check_size(name: str, input_shape: tuple[int, int, int], least: tuple[int, int]) -> None:
+    height, width = input_shape[1:]
+    if height < least[0] or width < least[1]:
+        right = f"needs samples of at least {least[0]}x{least[1]}, but these are {height}x{width}."
+        raise UserError("model.name", name, right)

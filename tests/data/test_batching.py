@@ -147,6 +147,37 @@ def test_read_only_arrays_are_shared_without_warning_and_never_written():
     assert rows.tolist() == list(range(30))
 
 
+def test_float32_samples_are_normalised_and_never_written():
+    rng = np.random.default_rng(1)
+    inputs, labels = rng.normal(size=(40, 1, 16, 3)).astype(np.float32), rng.integers(0, 7, 40)
+    before = inputs.copy()
+    inputs.flags.writeable = labels.flags.writeable = False
+    dataset = Dataset("toy", inputs, labels, 30, 7, 1.0, (0.4, -0.5, 0.3), (0.25, 2.0, 0.5), 0, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resident = Resident(dataset, CPU)
+    rows = np.arange(40)
+    made, classes = resident.batch(rows)
+    assert made.shape == (40, 3, 1, 16)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    expected = (before.astype(np.float64) - dataset.mean) / dataset.std
+    np.testing.assert_allclose(made.permute(0, 2, 3, 1).numpy(), expected, atol=2e-6)
+    made.zero_(), classes.zero_()
+    shuffled, classes = resident.epoch(rows, seeded())
+    order = torch.randperm(40, generator=seeded()).numpy()
+    np.testing.assert_allclose(shuffled.permute(0, 2, 3, 1).numpy(), expected[order], atol=2e-6)
+    shuffled.zero_(), classes.zero_()
+    assert resident._inputs.data_ptr() == inputs.ctypes.data
+    assert inputs.tobytes() == before.tobytes()
+
+
+def test_float32_samples_are_cropped_and_mirrored_as_bytes_are():
+    images = np.array(toy().inputs)
+    bytes_made = augment(torch.from_numpy(images), 2, True, seeded())
+    float_made = augment(torch.from_numpy(images.astype(np.float32)), 2, True, seeded())
+    assert torch.equal(bytes_made.float(), float_made)
+
+
 def test_no_rows_give_an_empty_epoch():
     inputs, labels = Resident(toy(padding=2, flip=True), CPU).epoch(np.array([], dtype=np.int64), seeded())
     assert inputs.shape == (0, 3, 6, 5)

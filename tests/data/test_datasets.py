@@ -13,7 +13,7 @@ import pytest
 import torchvision.datasets as tv
 
 from cluster_fl.config import DataConfig
-from cluster_fl.data.datasets import NAMES, load
+from cluster_fl.data.datasets import NAMES, Dataset, describe, load
 from cluster_fl.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -95,8 +95,78 @@ def test_digits_holds_every_sample_once():
 
 
 def test_the_names_are_those_of_the_schema():
-    choices = DataConfig.__dataclass_fields__["name"].metadata["choices"]
-    assert set(NAMES) == set(choices)
+    for key in ("name", "public_name"):
+        choices = DataConfig.__dataclass_fields__[key].metadata["choices"]
+        assert set(NAMES) == set(choices)
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """MNIST and Fashion-MNIST in one folder, and the latter's images."""
+    write_mnist(tmp_path, "MNIST")
+    return tmp_path, write_mnist(tmp_path, "FashionMNIST")
+
+
+def test_foreign_samples_follow_the_test_rows(both):
+    root, made = both
+    alone = load(DataConfig(name="mnist", root=str(root)))
+    config = DataConfig(name="mnist", root=str(root), public=7, public_name="fashion_mnist")
+    dataset = load(config, seed=3)
+    assert (dataset.train_count, dataset.test_count, dataset.foreign_count) == (12, 5, 7)
+    assert np.array_equal(dataset.inputs[:17], alone.inputs)
+    assert np.array_equal(dataset.labels[:17], alone.labels)
+    assert dataset.labels[17:].tolist() == [-1] * 7
+    assert (dataset.name, dataset.mean, dataset.groups) == ("mnist", alone.mean, None)
+    chosen = [int(np.flatnonzero((made["train"] == image).all(axis=(1, 2)))[0]) for image in foreign(dataset)]
+    assert len(set(chosen)) == 7
+    assert not dataset.inputs.flags.writeable
+    assert not dataset.labels.flags.writeable
+
+
+def test_which_samples_are_public_follows_from_the_seed(both):
+    def chosen(seed: int, own: int | None = None) -> bytes:
+        config = DataConfig(name="mnist", root=str(both[0]), public=4, public_name="fashion_mnist")
+        config.partition.seed = own
+        return foreign(load(config, seed)).tobytes()
+
+    assert chosen(1) == chosen(1)
+    assert chosen(1) != chosen(2)
+    assert chosen(1, own=7) == chosen(2, own=7) == chosen(7)
+
+
+def foreign(dataset: Dataset) -> np.ndarray:
+    return dataset.inputs[dataset.train_count + dataset.test_count :, ..., 0]
+
+
+def test_without_public_samples_no_other_data_set_is_read(tmp_path):
+    write_mnist(tmp_path, "MNIST")
+    config = DataConfig(name="mnist", root=str(tmp_path), download=False, public_name="fashion_mnist")
+    assert load(config).foreign_count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "line"),
+    [
+        ("mnist", "cifar10", "data.public_name=cifar10: must be fashion_mnist: another data set whose samples are "
+                             "1x28x28, like those of mnist."),
+        ("mnist", "mnist", "data.public_name=mnist: must be fashion_mnist: another data set whose samples are "
+                           "1x28x28, like those of mnist."),
+        ("digits", "har", "data.public_name=har: must be left out: no other data set has samples of 1x8x8, like "
+                          "those of digits."),
+        ("mnist", "fashion_mnist", "data.public=13: must be at most 12, the training samples of fashion_mnist."),
+    ],
+)  # fmt: skip
+def test_public_samples_that_do_not_fit(both, name, other, line):
+    with pytest.raises(UserError) as caught:
+        load(DataConfig(name=name, root=str(both[0]), public=13, public_name=other))
+    assert str(caught.value) == line
+
+
+def test_every_name_is_described_without_a_file():
+    shapes = {name: describe(DataConfig(name=name, root="/nowhere")) for name in NAMES}
+    assert shapes["cifar100"] == ((3, 32, 32), 100)
+    assert shapes["digits"] == ((1, 8, 8), 10)
+    assert shapes["har"] == ((9, 1, 128), 6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from cluster_fl.config import DataConfig, PartitionConfig
 from cluster_fl.data.datasets import Dataset
-from cluster_fl.data.partition import Shares, dirichlet, iid, partition, separate, shards
+from cluster_fl.data.dirichlet import dirichlet
+from cluster_fl.data.partition import Shares, iid, natural, partition, separate, shards
 from cluster_fl.errors import UserError
 
 RELEASED, PAPER = (50_000, 50_000, 10_000), (45_000, 5_000, 10_000)
@@ -112,8 +114,8 @@ def labelled(labels: np.ndarray, train_count: int) -> Dataset:
 
 
 def spread(name: str, **options: object) -> DataConfig:
-    held_out = options.pop("held_out", 0)
-    return DataConfig(held_out=held_out, partition=PartitionConfig(name=name, **options))  # type: ignore[arg-type]
+    own = {key: options.pop(key) for key in ("held_out", "public", "public_name") if key in options}
+    return DataConfig(**own, partition=PartitionConfig(name=name, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", ORACLE, ids=lambda c: f"{c[0][0]}-alpha{c[1]}-clients{c[2]}")
@@ -152,6 +154,104 @@ def test_every_row_is_dealt_once_into_the_part_it_came_from(samples, clients, cl
     assert len(held) == held_out
     assert {len(shares.train), len(shares.held_out), len(shares.test)} == {clients}
     assert all(part.dtype == np.int64 for part in (*shares.train, *shares.held_out, *shares.test))
+
+
+# sha256 of every part's rows, from before there were public samples: none of them may move the partition.
+PINNED = {
+    "iid": "2b7ca6724fcf5c997f920f701b1bd9e659310240779e0294778e617ef0fe8fdc",
+    "dirichlet": "481db75b82983f2dffe12fdf9cdc3649d1dfc052bba2c7729de835c7c687ae7a",
+    "shards": "51afa6eec6b763bcf816a8b027da831a5715d475abf1a22cee95caa0edb5c8f5",
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_without_public_samples_nothing_moves(name):
+    dataset = labelled(np.arange(1000) % 10, 800)
+    shares = partition(dataset, spread(name, held_out=100), 20, 3)
+    digest = hashlib.sha256()
+    for rows in (*shares.train, *shares.held_out, *shares.test):
+        digest.update(rows.tobytes() + b"|")
+    assert digest.hexdigest() == PINNED[name]
+    assert shares.public.dtype == np.int64
+    assert shares.public.tolist() == []
+
+
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "shards", "classes", "natural"])
+def test_public_samples_are_nobody_elses(name):
+    labels = np.arange(1000) % 10
+    dataset = dataclasses.replace(labelled(labels, 800), groups=labels * 3)
+    shares, without = (
+        partition(dataset, spread(name, held_out=100, public=public), 10, 3) for public in (150, 0)
+    )
+    rows = np.concatenate([*shares.train, *shares.held_out, *shares.test, shares.public])
+    assert len(np.unique(rows)) == len(rows)
+    assert len(shares.public) == 150
+    assert shares.public.max() < 800
+    assert np.all(np.diff(shares.public) > 0)
+    assert np.bincount(labels[shares.public], minlength=10).min() > 5  # at random
+    if name != "classes":  # which may leave some over
+        assert len(rows) == 1000
+        held = [sorted(np.concatenate(of.held_out)) for of in (shares, without)]
+        assert held[0] == held[1]  # an evaluation during a run does not change with what is public
+    assert not np.array_equal(
+        partition(dataset, spread(name, public=150), 10, 4).public, shares.public
+    )  # the seed decides
+
+
+def test_foreign_samples_are_public_and_the_rest_is_as_without():
+    labels = np.concatenate([np.arange(500) % 10, np.full(30, -1)])
+    dataset = dataclasses.replace(labelled(labels, 400), foreign_count=30)
+    assert dataset.test_count == 100
+    config = spread("dirichlet", held_out=40, public=30, public_name="cifar100")
+    shares = partition(dataset, config, 10, 0)
+    without = partition(labelled(labels[:500], 400), spread("dirichlet", held_out=40), 10, 0)
+    assert shares.public.tolist() == list(range(500, 530))
+    for part in ("train", "held_out", "test"):
+        for own, other in zip(getattr(shares, part), getattr(without, part), strict=True):
+            assert np.array_equal(own, other)
+
+
+@given(
+    groups=st.lists(st.integers(0, 12), min_size=30, max_size=120),
+    clients=st.integers(1, 6),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_natural_deals_whole_groups(groups, clients, seed):
+    groups = np.array([*groups, *range(6)])
+    parts = natural(groups, clients, np.random.default_rng(seed))
+    owners = [set(groups[part].tolist()) for part in parts]
+    assert sum(map(len, owners)) == len(set(groups.tolist()))
+    assert sorted(np.concatenate(parts)) == list(range(len(groups)))
+    assert max(map(len, owners)) - min(map(len, owners)) <= 1
+
+
+def test_natural_keeps_each_groups_training_and_test_rows():
+    groups = np.array([7, 7, 7, 5, 5, 9, 9, 7, 5, 9, 9])
+    dataset = dataclasses.replace(labelled(np.zeros(11, dtype=np.int64), 7), groups=groups)
+    shares = partition(dataset, spread("natural"), 3, 0)
+    found = {
+        tuple(np.unique(groups[np.concatenate([train, test])])): (sorted(train), sorted(test))
+        for train, test in zip(shares.train, shares.test, strict=True)
+    }
+    assert found == {(7,): ([0, 1, 2], [7]), (5,): ([3, 4], [8]), (9,): ([5, 6], [9, 10])}
+    orders = [tuple(partition(dataset, spread("natural"), 3, seed).train[0]) for seed in range(20)]
+    assert len(set(orders)) == 3  # which client is which group is random
+
+
+@pytest.mark.parametrize(
+    ("clients", "groups", "line"),
+    [
+        (4, [1, 1, 2, 3], "clients.count=4: must be at most 3, the groups that data.partition.name=natural deals out."),
+        (2, None, "data.partition.name=natural: needs samples that come in groups, and those of toy do not."),
+    ],
+)  # fmt: skip
+def test_natural_without_enough_groups(clients, groups, line):
+    groups = None if groups is None else np.array(groups * 25)
+    dataset = dataclasses.replace(labelled(np.arange(100) % 10, 80), groups=groups)
+    with pytest.raises(UserError) as caught:
+        partition(dataset, spread("natural"), clients, 0)
+    assert str(caught.value) == line
 
 
 @given(samples=st.integers(1, 400), clients=st.integers(1, 40), seed=st.integers(0, 2**32))
@@ -228,6 +328,10 @@ def test_an_impossible_skew_is_said_and_does_not_loop(alpha):
     [
         (spread("iid", held_out=400), 4, "data.held_out"),
         (spread("iid", held_out=390), 11, "clients.count"),
+        (spread("iid", held_out=100, public=300), 4, "data.public"),
+        (spread("iid", held_out=100, public=290), 11, "clients.count"),
+        (spread("classes", classes=[2, 3]), 3, "data.partition.classes"),
+        (spread("classes", classes=[11]), 3, "data.partition.classes"),
         (spread("dirichlet"), 401, "clients.count"),
         (spread("shards", shards_per_client=6), 100, "data.partition.shards_per_client"),
     ],
