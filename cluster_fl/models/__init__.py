@@ -29,15 +29,20 @@ class Recipe:
 
 
 _HERE = "cluster_fl.models."
+_TORCHVISION = _HERE + "torchvision_resnet:resnet"
 
 MODELS: dict[str, Recipe] = {
     **{f"resnet{n}": Recipe(_HERE + "resnet:resnet", {"layers": n}) for n in (20, 32, 44, 56, 110)},
-    "resnet18": Recipe(_HERE + "torchvision_resnet:resnet", {"blocks": (2, 2, 2, 2)}),
-    "resnet34": Recipe(_HERE + "torchvision_resnet:resnet", {"blocks": (3, 4, 6, 3)}),
+    "resnet18": Recipe(_TORCHVISION, {"source": "resnet18", "blocks": (2, 2, 2, 2), "wide": False}),
+    "resnet34": Recipe(_TORCHVISION, {"source": "resnet34", "blocks": (3, 4, 6, 3), "wide": False}),
+    "wide_resnet101_2": Recipe(
+        _TORCHVISION, {"source": "wide_resnet101_2", "blocks": (3, 4, 23, 3), "wide": True}
+    ),
     "preact_1112": Recipe(_HERE + "preact:preact", {"blocks": (1, 1, 1, 2)}),
     "preact_2222": Recipe(_HERE + "preact:preact", {"blocks": (2, 2, 2, 2)}),
     "heterofl_cnn": Recipe(_HERE + "cnn:heterofl_cnn"),
     "fedavg_cnn": Recipe(_HERE + "cnn:fedavg_cnn"),
+    "har_cnn": Recipe(_HERE + "cnn:har_cnn"),
     "mlp": Recipe(_HERE + "cnn:mlp"),
 }
 

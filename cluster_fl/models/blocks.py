@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -11,36 +11,97 @@ from cluster_fl.errors import UserError
 
 
 class ResidualBlock(nn.Module):
-    """The basic block of He et al. (2015): y = ReLU(F(x) + shortcut(x)), F = conv-BN-ReLU-conv-BN.
+    """A post-activation residual unit (He et al., 2015): y = ReLU(step * F(x) + shortcut(x)).
 
-    (B, inputs, H, W) -> (B, outputs, H / stride, W / stride). The shortcut is a projection (1x1 convolution
-    and BN, their option B) where the shape changes.
+    (B, inputs, H, W) -> (B, outputs, H / stride, W / stride). Its input must not be negative, as a ReLU's
+    output is: then leaving out a unit whose shortcut is x itself is exactly a step of 0.
+
+    Attributes:
+        step: learnable step size of shape (1,) (NeFL); None for a fixed 1.
+        shortcut: the identity, or a projection where the shape changes.
+        skippable: leaving the unit out leaves nothing behind.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    step: nn.Parameter | None
+
+    def __init__(self, branch: Mapping[str, nn.Module], shortcut: nn.Module) -> None:
         super().__init__()
-        self.conv1 = conv3x3(inputs, outputs, stride)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = conv3x3(outputs, outputs)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.register_parameter("step", None)
+        for name, layer in branch.items():
+            self.add_module(name, layer)
+        self._branch = tuple(branch)
         self.relu = nn.ReLU(inplace=True)
-        self.skippable = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if self.skippable else projection(inputs, outputs, stride)
+        self.shortcut = shortcut
+        self.skippable = isinstance(shortcut, nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = x
+        for name in self._branch:
+            y = getattr(self, name)(y)
+        y = stepped(y, self.step)
         y += self.shortcut(x)
         return self.relu(y)  # type: ignore[no-any-return]
+
+    def left_out(self) -> nn.Module:
+        """What stays when the unit is left out, as if its step size were 0."""
+        return ShortcutOnly(self.shortcut)
+
+
+class ShortcutOnly(nn.Module):
+    """What stays of a residual unit that is left out but changes the shape: y = ReLU(shortcut(x))."""
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.shortcut(x))  # type: ignore[no-any-return]
+
+    def left_out(self) -> nn.Module:
+        return self
+
+
+def stepped(y: Tensor, step: nn.Parameter | None) -> Tensor:
+    """A residual branch's output times the unit's step size, if it has one."""
+    return y if step is None else step * y
+
+
+def basic(inputs: int, outputs: int, stride: int) -> OrderedDict[str, nn.Module]:
+    """The branch of a basic block: conv-BN-ReLU-conv-BN."""
+    return OrderedDict(
+        conv1=conv3x3(inputs, outputs, stride),
+        bn1=nn.BatchNorm2d(outputs),
+        relu1=nn.ReLU(inplace=True),
+        conv2=conv3x3(outputs, outputs),
+        bn2=nn.BatchNorm2d(outputs),
+    )
+
+
+def bottleneck(inputs: int, inner: int, outputs: int, stride: int) -> OrderedDict[str, nn.Module]:
+    """The branch of a bottleneck block, 1x1, 3x3 and 1x1; the 3x3 convolution has the stride."""
+    return OrderedDict(
+        conv1=nn.Conv2d(inputs, inner, 1, bias=False),
+        bn1=nn.BatchNorm2d(inner),
+        relu1=nn.ReLU(inplace=True),
+        conv2=conv3x3(inner, inner, stride),
+        bn2=nn.BatchNorm2d(inner),
+        relu2=nn.ReLU(inplace=True),
+        conv3=nn.Conv2d(inner, outputs, 1, bias=False),
+        bn3=nn.BatchNorm2d(outputs),
+    )
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """x itself, or where the shape changes a 1x1 convolution and BN (option B of He et al.)."""
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outputs)))
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-
-
-def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outputs)))
 
 
 def pooled_linear(channels: int, classes: int) -> OrderedDict[str, nn.Module]:

@@ -34,7 +34,7 @@ def attach_exits(
 
     Args:
         positions: units before the exit, 1 to depth; depth itself is the final head, which is there already.
-        kind: ``conv3`` (ScaleFL, section 2.3) or ``linear``.
+        kind: ``conv3`` (ScaleFL, section 2.3), ``sepconv`` or ``linear``.
         input_shape: (C, H, W) of a sample.
         seed: a head's first weights depend on (seed, position) alone; None: torch's generator as it stands.
 
@@ -70,16 +70,37 @@ def _feature_shapes(model: Layered, input_shape: tuple[int, int, int]) -> dict[i
 
 def _conv3(position: int, shape: Shape, classes: int) -> nn.Module:
     """Three times 3x3 convolution, BN and ReLU at constant width, then pool and linear."""
-    if len(shape) != 3:
-        right = f"needs feature maps, but the features after {position} units are flat: use linear."
-        raise UserError("model.exit_head", "conv3", right)
-    channels = shape[0]
+    channels = _map_channels("conv3", position, shape)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number in range(1, 4):
         layers[f"conv{number}"] = conv3x3(channels, channels)
         layers[f"bn{number}"] = nn.BatchNorm2d(channels)
         layers[f"relu{number}"] = nn.ReLU(inplace=True)
     return nn.Sequential(OrderedDict(**layers, **pooled_linear(channels, classes)))
+
+
+def _sepconv(position: int, shape: Shape, classes: int) -> nn.Module:
+    """The bottleneck of self-distillation, which DepthFL hangs at its exits, at constant width.
+
+    Twice a depthwise 3x3 convolution, the first of stride 2, then 1x1 convolution, BN and ReLU; pool and linear.
+    """
+    channels = _map_channels("sepconv", position, shape)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, stride in ((1, 2), (2, 1)):
+        layers[f"depthwise{number}"] = nn.Conv2d(
+            channels, channels, 3, stride, padding=1, groups=channels, bias=False
+        )
+        layers[f"pointwise{number}"] = nn.Conv2d(channels, channels, 1, bias=False)
+        layers[f"bn{number}"] = nn.BatchNorm2d(channels)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+    return nn.Sequential(OrderedDict(**layers, **pooled_linear(channels, classes)))
+
+
+def _map_channels(kind: str, position: int, shape: Shape) -> int:
+    if len(shape) != 3:
+        right = f"needs feature maps, but the features after {position} units are flat: use linear."
+        raise UserError("model.exit_head", kind, right)
+    return shape[0]
 
 
 def _linear(position: int, shape: Shape, classes: int) -> nn.Module:
@@ -89,4 +110,8 @@ def _linear(position: int, shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(OrderedDict(linear=nn.Linear(shape[0], classes)))
 
 
-HEADS: dict[str, Callable[[int, Shape, int], nn.Module]] = {"conv3": _conv3, "linear": _linear}
+HEADS: dict[str, Callable[[int, Shape, int], nn.Module]] = {
+    "conv3": _conv3,
+    "linear": _linear,
+    "sepconv": _sepconv,
+}

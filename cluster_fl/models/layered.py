@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from cluster_fl.errors import UserError
+
+# The part of a unit that stays when the unit is left out but changes its input's shape.
+SHORTCUT = "shortcut"
+
+
+@runtime_checkable
+class LeavesShortcut(Protocol):
+    """A unit that may be left out though it changes its input's shape."""
+
+    def left_out(self) -> nn.Module:
+        """What takes its place: has no tensors but the unit's own below the name ``shortcut``."""
+        ...
 
 
 class Layered(nn.Module):
@@ -16,8 +29,8 @@ class Layered(nn.Module):
     Names survive truncation, since keys are numbers of the full model: ``stem.*``, ``units.12.conv1.weight``,
     ``exits.36.*``, ``head.*``.
 
-    A unit that may be left out, since it adds to its input and keeps the shape, says so by an attribute
-    ``skippable``.
+    A unit that may be left out says so: by an attribute ``skippable`` if nothing stays of it, since it adds to
+    its input and keeps the shape; otherwise it is a :class:`LeavesShortcut`.
 
     Attributes:
         stem: what comes before the first unit.
@@ -53,6 +66,8 @@ class Layered(nn.Module):
     def truncate(self, units: Sequence[int], exits: Sequence[int]) -> None:
         """Keeps only these units and exits, in place; whatever lies behind the last exit is removed.
 
+        Of a unit before the last exit that is left out but changes the shape, the shortcut stays.
+
         Args:
             units: numbers of the units to keep.
             exits: exits to keep; ``depth`` stands for the final head.
@@ -64,7 +79,7 @@ class Layered(nn.Module):
         last = max(exits)
         kept = sorted({number for number in units if number < last})
         self._check_units(kept, last)
-        self.units = nn.ModuleDict({str(number): self.units[str(number)] for number in kept})
+        self.units = nn.ModuleDict(self._remaining(kept, last))
         early = sorted({position for position in exits if position != self.depth})
         self.exits = nn.ModuleDict({str(position): self.exits[str(position)] for position in early})
         if last != self.depth:
@@ -72,6 +87,16 @@ class Layered(nn.Module):
 
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def _remaining(self, kept: Sequence[int], last: int) -> dict[str, nn.Module]:
+        remaining: dict[str, nn.Module] = {}
+        for key, unit in self.units.items():
+            if int(key) in kept:
+                remaining[key] = unit
+            elif int(key) < last and not _skippable(unit):
+                assert isinstance(unit, LeavesShortcut)
+                remaining[key] = unit.left_out()
+        return remaining
 
     def _check_exits(self, exits: Sequence[int]) -> None:
         present = [int(key) for key in self.exits] + ([] if self.head is None else [self.depth])
@@ -87,9 +112,14 @@ class Layered(nn.Module):
                 present = _listed([int(key) for key in self.units])
                 raise UserError("units", number, f"the model has only {present}.")
         for key, unit in self.units.items():
-            if int(key) < last and int(key) not in kept and not getattr(unit, "skippable", False):
+            may_go = _skippable(unit) or isinstance(unit, LeavesShortcut)
+            if int(key) < last and int(key) not in kept and not may_go:
                 right = "cannot be left out: it is no residual unit that keeps its input's shape."
                 raise UserError("units", int(key), right)
+
+
+def _skippable(unit: nn.Module) -> bool:
+    return bool(getattr(unit, "skippable", False))
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from cluster_fl.models.layered import SHORTCUT
 from cluster_fl.nesting.wires import Axis
 
-UNIT = re.compile(r"(units|exits)\.(\d+)\.")
+UNIT = re.compile(rf"(units|exits)\.(\d+)\.({SHORTCUT}\.)?")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in ``stem -> units -> head`` a tensor lives. ``number`` is that of the unit or the exit."""
+    """Where in ``stem -> units -> head`` a tensor lives.
+
+    ``number`` is that of the unit or the exit; ``shortcut`` tells what stays of a unit that is left out.
+    """
 
     part: str
     number: int = 0
+    shortcut: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,5 +72,5 @@ def place(name: str) -> Place:
     """The part of a layered model that owns a state tensor."""
     match = UNIT.match(name)
     if match:
-        return Place(match.group(1), int(match.group(2)))
+        return Place(match.group(1), int(match.group(2)), match.group(3) is not None)
     return Place("head" if name.startswith("head.") else "stem")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cluster_fl.models.norm import Scaler, check_groups
 from cluster_fl.nesting.anatomy import Anatomy
 from cluster_fl.nesting.submodel import Index, Submodel, index_map
 from cluster_fl.nesting.tracing import state_tensors
@@ -21,6 +22,9 @@ def extract(model: Module, anatomy: Anatomy, submodel: Submodel) -> Module:
     """A copy of ``model`` that holds only the submodel's tensors; what lies behind its last exit is gone.
 
     The copy is independent of ``model``. Names of its tensors are those of the full model.
+
+    Raises:
+        UserError: a unit cannot be left out, or a group norm's groups do not divide its kept channels.
     """
     small = copy.deepcopy(model)
     truncate = getattr(small, "truncate", None)
@@ -28,8 +32,10 @@ def extract(model: Module, anatomy: Anatomy, submodel: Submodel) -> Module:
         truncate(submodel.units, submodel.exits)
     for name, where in index_map(anatomy, submodel).items():
         _cut(small, name, where)
-    for module in small.modules():
-        _describe(module)
+    for name, module in small.named_modules():
+        _describe(name, module)
+        if isinstance(module, Scaler):
+            module.scale = submodel.scale
     return small
 
 
@@ -60,7 +66,7 @@ def _cut(root: nn.Module, name: str, where: Index) -> None:
         owner._buffers[leaf] = part
 
 
-def _describe(module: nn.Module) -> None:
+def _describe(name: str, module: nn.Module) -> None:
     """Makes a layer's own account of its sizes true again."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         if module.groups == module.in_channels == module.out_channels:
@@ -71,3 +77,6 @@ def _describe(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
         module.num_features = module.weight.shape[0]
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = module.weight.shape[0]
+        check_groups(name, module.num_channels, module.num_groups)

@@ -52,7 +52,8 @@ def matrix_product(t: Tracer, op: str, args: Sequence[Any], out: Tensor) -> None
     t.layer(weight, positions=x.shape[0], out_axis=0)
 
 
-def batch_norm(t: Tracer, op: str, args: Sequence[Any], out: Sequence[Tensor]) -> None:
+def norm(t: Tracer, op: str, args: Sequence[Any], out: Sequence[Tensor]) -> None:
+    """Batch and group norm: whatever they have a channel of. Group norm forms its groups anew from what is kept."""
     x = args[0]
     channels = t.axes(x)[1]
     for tensor in args[1:5]:
@@ -188,8 +189,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["addmm", "mm"], matrix_product),
     **dict.fromkeys(
         ["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update",
-         "_batch_norm_no_update", "cudnn_batch_norm"],
-        batch_norm,
+         "_batch_norm_no_update", "cudnn_batch_norm", "native_group_norm"],
+        norm,
     ),
     **dict.fromkeys(
         ["max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "clone", "_to_copy", "alias", "detach",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,18 @@ class Submodel:
         channels: one entry a channel group.
         units: numbers of the units kept, rising.
         exits: where the submodel answers, rising; ``anatomy.depth`` stands for the final head.
+        scale: what a :class:`Scaler` divides by in training: the share of the global model's channels.
     """
 
     channels: tuple[Channels, ...]
     units: tuple[int, ...]
     exits: tuple[int, ...]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> Submodel:
+        """The submodel of as many channels from the front: equal for submodels whose modules are alike."""
+        return replace(self, channels=tuple(c if isinstance(c, int) else len(c) for c in self.channels))
 
 
 def full(anatomy: Anatomy) -> Submodel:
@@ -54,13 +61,17 @@ def kept(size: int, width: float, rounding: str = "floor") -> int:
 
 
 def present(anatomy: Anatomy, submodel: Submodel) -> Iterator[str]:
-    """Names of the state tensors that the submodel has, in the full model's order."""
-    units, exits = frozenset(submodel.units), frozenset(submodel.exits)
+    """Names of the state tensors that the submodel has, in the full model's order.
+
+    These are the names that ``Layered.truncate`` leaves: of a unit before the last exit that is not kept, the
+    shortcut's, which only a unit that changes the shape has.
+    """
+    units, exits, last = frozenset(submodel.units), frozenset(submodel.exits), max(submodel.exits)
     for name in anatomy.shapes:
         spot = place(name)
         if (
             spot.part == "stem"
-            or (spot.part == "units" and spot.number in units)
+            or (spot.part == "units" and spot.number < last and (spot.shortcut or spot.number in units))
             or (spot.part == "exits" and spot.number in exits)
             or (spot.part == "head" and anatomy.depth in exits)
         ):

@@ -7,11 +7,13 @@ import torch
 import torchvision
 from torch import nn
 
+from cluster_fl.errors import UserError
 from cluster_fl.models import MODELS, build, names
 from cluster_fl.models.layered import Layered
 from cluster_fl.models.norm import apply_norm_policy
 
-MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+MNIST, CIFAR, HAR = (1, 28, 28), (3, 32, 32), (9, 1, 128)
+LARGE = "wide_resnet101_2"  # 125 million parameters
 
 # HeteroFL's levels a to e: widths halve.
 LEVELS = [[64, 128, 256, 512], [32, 64, 128, 256], [16, 32, 64, 128], [8, 16, 32, 64], [4, 8, 16, 32]]
@@ -53,6 +55,8 @@ def count(module: nn.Module) -> int:
         ("resnet110", CIFAR, 10, 1_730_714),
         ("resnet110", CIFAR, 100, 1_736_564),
         ("resnet34", CIFAR, 10, 21_282_122 + 7_680),  # NeFL's, and 7x7 instead of 3x3 in the stem
+        ("wide_resnet101_2", CIFAR, 10, 124_858_186),
+        ("wide_resnet101_2", (3, 224, 224), 1000, 126_886_696),
         ("fedavg_cnn", MNIST, 10, 1_663_370),
         ("mlp", MNIST, 10, 199_210),
     ],
@@ -78,13 +82,51 @@ def test_nefl_convolutions_of_resnet110() -> None:
     assert sum(count(m) for m in model.modules() if isinstance(m, nn.Conv2d)) == 1_721_776
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 53_862),
+        ({"widths": [16, 32, 64], "kernel": 3}, 9 * 16 * 3 + 16 * 32 * 3 + 32 * 64 * 3 + 2 * 112 + 65 * 6),
+    ],
+    ids=str,
+)
+def test_har_cnn_counts(options: dict[str, object], expected: int) -> None:
+    assert count(skeleton("har_cnn", HAR, 6, **options)) == expected
+
+
+def test_har_cnn_reads_each_row_by_itself() -> None:
+    model = build("har_cnn", HAR, 6, generator_seed=0)
+    apply_norm_policy(model, "none")
+    rows = torch.randn(2, 9, 3, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        each = [model(rows[:, :, [row]])[-1] for row in range(3)]
+        torch.testing.assert_close(model(rows)[-1], sum(each) / 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "line"),
+    [
+        (HAR, {"kernel": 4}, "model.options.kernel=4: must be an odd positive integer."),
+        (HAR, {"kernel": 2.5}, "model.options.kernel=2.5: must be an odd positive integer."),
+        (HAR, {"widths": [8, 8]}, "model.options.widths=[8, 8]: must be a list of 3 positive integers."),
+        ((9, 1, 7), {}, "model.name=har_cnn: needs samples of at least 1x8, but these are 1x7."),
+    ],
+)
+def test_har_cnn_that_cannot_be(shape: tuple[int, int, int], options: dict[str, object], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build("har_cnn", shape, 6, options)
+    assert str(caught.value) == line
+
+
 DEPTHS = {
     "resnet14": 6,
     "resnet20": 9,
     "resnet110": 54,
     "resnet18": 8,
     "resnet34": 16,
+    "wide_resnet101_2": 33,
     "preact_1112": 5,
+    "har_cnn": 3,
     "mlp": 2,
 }
 
@@ -109,13 +151,13 @@ def test_is_torchvisions(name: str) -> None:
 def test_runs_and_trains_everywhere(name: str, shape: tuple[int, int, int]) -> None:
     logits = skeleton(name, shape, 7)(torch.empty(2, *shape, device="meta"))
     assert [tuple(x.shape) for x in logits] == [(2, 7)]
-    if shape[1] == 8 and name not in ("resnet34", "resnet110"):
+    if shape[1] == 8 and name not in ("resnet34", "resnet110", LARGE):
         model = build(name, shape, 7)
         model(torch.randn(3, *shape))[-1].square().sum().backward()
         assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if name != LARGE])
 def test_channels_last_gives_the_same(name: str) -> None:
     shape = (3, 16, 16)
     model = build(name, shape, 10, generator_seed=0).double()
@@ -131,7 +173,7 @@ def test_only_residual_units_that_keep_their_shape_are_skippable() -> None:
     assert _skippable("resnet20") == {0, 1, 2, 4, 5, 7, 8}
     assert _skippable("resnet18") == {0, 1, 3, 5, 7}
     assert _skippable("preact_1112") == {0, 4}
-    assert _skippable("mlp") == _skippable("heterofl_cnn") == set()
+    assert _skippable("mlp") == _skippable("heterofl_cnn") == _skippable("har_cnn") == set()
 
 
 def _skippable(name: str) -> set[int]:

@@ -40,6 +40,24 @@ def test_released_exits_of_resnet110() -> None:
     assert [count(head) for head in resnet110(30, 38, 46).exits.values()] == [28_170, 111_626, 111_626]
 
 
+@pytest.mark.parametrize(("side", "position"), [(8, 1), (4, 6), (1, 6), (2, 5)])
+def test_separable_exits_fit_any_map(side: int, position: int) -> None:
+    model = build("resnet20", (3, side, side), 7)
+    attach_exits(model, [position], "sepconv", (3, side, side), 7)
+    early, last = model(torch.randn(3, 3, side, side))
+    assert early.shape == last.shape == (3, 7)
+    early.square().sum().backward()
+    assert all(p.grad is not None for p in model.exits.parameters())
+
+
+def test_separable_exits_are_small() -> None:
+    """Per channel two 3x3 filters, two norms, and twice a row of 1x1; less than a fifth of conv3's."""
+    model = build("resnet20", CIFAR, 10)
+    attach_exits(model, [6], "sepconv", CIFAR, 10)
+    assert count(model.exits["6"]) == 2 * (32 * 9 + 32 * 32 + 2 * 32) + 32 * 10 + 10
+    assert 5 * count(model.exits["6"]) < 3 * 32 * 32 * 9
+
+
 def test_an_exit_at_a_stages_end_reads_that_stage() -> None:
     model, seen = resnet110(36, 42), []
     for head in model.exits.values():
@@ -103,7 +121,9 @@ def test_heads_follow_a_model_that_is_on_meta_already() -> None:
     [
         ("resnet14", 7, "conv3", "exits=7: must be between 1 and 6, the model's units."),
         ("resnet14", 0, "conv3", "exits=0: must be between 1 and 6, the model's units."),
-        ("resnet14", 2, "conv", "model.exit_head=conv: must be one of conv3, linear. Did you mean conv3?"),
+        ("resnet14", 2, "conv", "model.exit_head=conv: must be one of conv3, linear, sepconv. Did you mean conv3?"),
+        ("mlp", 1, "sepconv",
+         "model.exit_head=sepconv: needs feature maps, but the features after 1 units are flat: use linear."),
         ("mlp", 1, "conv3",
          "model.exit_head=conv3: needs feature maps, but the features after 1 units are flat: use linear."),
     ],

@@ -111,11 +111,6 @@ def test_a_skipped_unit_is_a_residual_branch_of_zero() -> None:
 @pytest.mark.parametrize(
     ("units", "exits", "line"),
     [
-        (
-            [0, 1, 2, 4, 5],
-            [6],
-            "units=3: cannot be left out: it is no residual unit that keeps its input's shape.",
-        ),
         ([0, 1, 2, 3], [4], "exits=4: the model answers only after 3, 6, 9 units."),
         ([0], [], "exits=[]: a model needs at least one exit."),
     ],
@@ -135,6 +130,62 @@ def test_units_that_are_gone_stay_gone() -> None:
         model.truncate([0, 2], [9])
 
 
-def test_no_unit_of_a_perceptron_can_be_left_out() -> None:
-    with pytest.raises(UserError, match="units=0: cannot be left out"):
-        build("mlp", SHAPE, 10).truncate([1], [2])
+@pytest.mark.parametrize(
+    ("name", "units", "line"),
+    [
+        ("mlp", [1], "units=0: cannot be left out: it is no residual unit that keeps its input's shape."),
+        (
+            "preact_1112",
+            [0, 1, 3, 4],
+            "units=2: cannot be left out: it is no residual unit that keeps its input's shape.",
+        ),
+    ],
+)
+def test_units_that_cannot_be_left_out(name: str, units: list[int], line: str) -> None:
+    """A plain layer, and a block whose shortcut needs a norm of its branch."""
+    model = build(name, SHAPE, 10)
+    with pytest.raises(UserError) as caught:
+        model.truncate(units, [model.depth])
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_a_dropped_unit_keeps_its_projection(name: str) -> None:
+    model, x = with_exits(name, ()), batch()
+    first = next(int(key) for key, unit in model.units.items() if not unit.skippable)
+    small, dropped = copy.deepcopy(model), (0, first)
+    small.truncate([n for n in range(model.depth) if n not in dropped], [model.depth])
+    assert {n for n in small.state_dict() if n.startswith(f"units.{first}.")} == {
+        f"units.{first}.shortcut.{leaf}" for leaf in ("conv.weight", "bn.weight", "bn.bias")
+    }
+    assert not any(n.startswith("units.0.") for n in small.state_dict())
+    with torch.no_grad():
+        inner = model.stem(x)
+        for number, unit in model.units.items():
+            if int(number) == first:
+                inner = unit.shortcut(inner).relu()
+            elif int(number) not in dropped:
+                inner = unit(inner)
+        assert torch.equal(small(x)[-1], model.head(inner))
+
+
+def test_a_dropped_projection_is_trained() -> None:
+    model = with_exits("resnet20", ())
+    model.truncate([0, 1, 4], [9])
+    model(batch())[-1].square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_was_dropped_stays_dropped() -> None:
+    model = with_exits("resnet20", (6,))
+    model.truncate([0, 1, 4, 5], [6])
+    before, x = model(batch()), batch()
+    model.truncate([0, 1, 4, 5], [6])
+    assert torch.equal(model(x)[-1], before[-1])
+    assert list(model.units) == ["0", "1", "3", "4", "5"]
+
+
+def test_behind_the_last_exit_no_projection_stays() -> None:
+    model = with_exits("resnet20", (3,))
+    model.truncate([0, 1, 2], [3])
+    assert list(model.units) == ["0", "1", "2"]
