@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from cluster_fl.experiment import Experiment
-from cluster_fl.nesting.plan import State
 from cluster_fl.training.worker import Outcome, Task, Worker
 
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ class Pools(Protocol):
     count: int
     device: str  # "cpu" or "cuda": another kind computes other bits
 
-    def publish(self, state: State) -> Any:
+    def publish(self, state: Mapping[str, np.ndarray]) -> Any:
         """Makes a state known to all pools; the handle may serve any number of phases."""
 
     def execute(self, tasks: Sequence[Task[Result]], state: Any) -> Iterator[tuple[int, Outcome[Result]]]:
@@ -54,14 +54,15 @@ class InlinePools:
         self.count, self.device = 1, "cpu"
         self._usage = Usage()
         shares = experiment.population.shares
-        self._worker = Worker(
-            experiment.config, experiment.plan, experiment.dataset, shares, torch.device("cpu")
-        )
+        config, plan, program = experiment.config, experiment.plan, experiment.program
+        self._worker = Worker(config, plan, program, experiment.dataset, shares, torch.device("cpu"))
 
-    def publish(self, state: State) -> State:
+    def publish(self, state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return state
 
-    def execute(self, tasks: Sequence[Task[Result]], state: State) -> Iterator[tuple[int, Outcome[Result]]]:
+    def execute(
+        self, tasks: Sequence[Task[Result]], state: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[int, Outcome[Result]]]:
         for position in longest_first(tasks):
             outcome = self._worker.execute(tasks[position], state)
             self._usage.busy_s += outcome.seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +24,8 @@ from cluster_fl.data.datasets import Dataset
 from cluster_fl.data.partition import Shares
 from cluster_fl.errors import ClusterFLError, RunError
 from cluster_fl.experiment import Experiment
-from cluster_fl.nesting.plan import Plan, State
+from cluster_fl.nesting.plan import Plan
+from cluster_fl.training.program import LocalProgram
 from cluster_fl.training.worker import Outcome, Task, Worker
 
 Result = TypeVar("Result")
@@ -36,9 +37,11 @@ START_TIMEOUT_S = 180
 class Pool:
     """One actor: a worker on the device that Ray assigned."""
 
-    def __init__(self, config: Config, plan: Plan, dataset: Dataset, shares: Shares) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, program: LocalProgram, dataset: Dataset, shares: Shares
+    ) -> None:
         torch.set_num_threads(1)
-        self._worker = Worker(config, plan, dataset, shares, _device())
+        self._worker = Worker(config, plan, program, dataset, shares, _device())
 
     def device(self) -> str:
         """Answers once the worker stands."""
@@ -60,23 +63,26 @@ class RayPools:
     def __init__(self, experiment: Experiment) -> None:
         self._cluster = experiment.config.cluster
         self.count, self._usage = pool_count(self._cluster), Usage()
-        shared = (experiment.config, experiment.plan, experiment.dataset, experiment.population.shares)
+        config, plan, program = experiment.config, experiment.plan, experiment.program
+        shared = (config, plan, program, experiment.dataset, experiment.population.shares)
         self._shared = [ray.put(part) for part in shared]
         self._idle: list[Any] = []
         self._alive: list[Any] = []  # idle, busy or starting: what `close` must end
+        self._homes: dict[Hashable, Any] = {}  # which pool may have kept something for which tasks
         self._starting = {pool.device.remote(): pool for pool in (self._start() for _ in range(self.count))}
         self.device = self._await_all()
 
-    def publish(self, state: State) -> Any:
+    def publish(self, state: Mapping[str, np.ndarray]) -> Any:
         return ray.put(state)
 
     def execute(self, tasks: Sequence[Task[Result]], state: Any) -> Iterator[tuple[int, Outcome[Result]]]:
+        if not any(task.home in self._homes for task in tasks):
+            self._homes.clear()  # another round, or tasks that any pool may run
         queue, attempts = deque(longest_first(tasks)), [0] * len(tasks)
         running: dict[Any, tuple[Any, int]] = {}
         last_done: dict[Any, float] = dict.fromkeys(self._idle, time.perf_counter())
         while queue or running:
-            while queue and self._idle:
-                pool, position = self._idle.pop(), queue.popleft()
+            for pool, position in self._matched(queue, tasks):
                 running[pool.execute.remote(tasks[position], state)] = pool, position
             (done, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
             if done in self._starting:
@@ -105,6 +111,20 @@ class RayPools:
             self._idle.append(pool)
         end = time.perf_counter()
         self._usage.tail_s += sum(end - at for at in last_done.values())
+
+    def _matched(self, queue: deque[int], tasks: Sequence[Task[Any]]) -> list[tuple[Any, int]]:
+        """Idle pools and what they do next; a task whose home is alive waits for it."""
+        matched = []
+        for position in list(queue):
+            home = self._homes.get(tasks[position].home)
+            fit = [p for p in self._idle if p == home or home not in self._alive]
+            if fit:
+                self._idle.remove(fit[-1])
+                queue.remove(position)
+                matched.append((fit[-1], position))
+                if tasks[position].home is not None:
+                    self._homes[tasks[position].home] = fit[-1]
+        return matched
 
     def take_usage(self) -> Usage:
         usage, self._usage = self._usage, Usage()

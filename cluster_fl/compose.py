@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,15 +22,28 @@ from cluster_fl.errors import UserError
 # (Another kind of device computes other bits: that is checked when a run is resumed.)
 INCIDENTAL = ("cluster", "checkpoint", "data.root", "data.download")
 
+# A file's section for `cluster-fl compare`; one run's configuration is what is around it.
+COMPARE = "compare"
 
-def compose(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Config:
+Section = TypeVar("Section")
+
+
+def compose(
+    files: Sequence[Path | str], overrides: Sequence[str] = (), entry: Mapping[str, Any] | None = None
+) -> Config:
     """Merges, later over earlier: the schema, the variant's preset, the files in order, the overrides.
+
+    A file's section ``compare`` is left out. One of its entries, already parsed, goes between the files and
+    the overrides.
 
     Raises:
         UserError: a file is missing or no YAML, a key is unknown (with the nearest valid one), a value has
             the wrong type or is out of range.
     """
-    layers = [_read(Path(file)) for file in files] + [_parse(override) for override in overrides]
+    layers = [_read(Path(file)) for file in files]
+    for layer in layers:
+        layer.pop(COMPARE, None)
+    layers += [OmegaConf.create(dict(entry or {})), *(_parse(override) for override in overrides)]
     name = _last(layers, "method", Config.method)
     variant = _last(layers, "variant", Config.variant)
     method = methods.get(name)
@@ -44,8 +57,30 @@ def compose(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> Confi
     if config.options is None:
         raise UserError("options", None, f"must hold options of {name}; leave it out for the defaults.")
     result = _to_object(config)
+    assert isinstance(result, Config)
     check(result)
     return result
+
+
+def read_section(
+    name: str, schema: type[Section], files: Sequence[Path | str], overrides: Sequence[str] = ()
+) -> Section:
+    """The section ``name`` of the files and overrides alone, merged onto a schema of its own.
+
+    Raises:
+        UserError: as :func:`compose`, except for ranges, which the caller checks.
+    """
+    merged = OmegaConf.create({name: OmegaConf.structured(schema)}, flags={"struct": True})
+    for layer in [_read(Path(file)) for file in files] + [_parse(override) for override in overrides]:
+        if name in layer:
+            own = OmegaConf.masked_copy(layer, [name])
+            merged = _merge(merged, own, own)
+    section = _to_object(merged)[name]
+    if not isinstance(section, schema):
+        raise UserError(
+            name, section, f"must hold options: {', '.join(map(str, OmegaConf.structured(schema)))}."
+        )
+    return section
 
 
 def to_yaml(config: Config) -> str:
@@ -167,12 +202,10 @@ def _lookup(node: Any, key: str) -> Any:
     return node
 
 
-def _to_object(config: DictConfig) -> Config:
+def _to_object(config: DictConfig) -> Any:
     try:
         OmegaConf.resolve(config)
-        result = OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "configuration")
         raise UserError(key, "?", str(error).split("\n")[0]) from None
-    assert isinstance(result, Config)
-    return result

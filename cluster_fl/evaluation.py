@@ -1,8 +1,9 @@
 """Accuracy of every level's model on every client's own samples, and what follows from that table.
 
-``global`` is the top level's row, ``local`` each client's own level, ``worst`` the lowest level. Each is a
-mean over clients, and each is given for the last exit and for the mean over the level's exits (which is what
-ScaleFL's released code reports).
+``global`` is the global level's row, ``local`` each client's own level, ``worst`` the lowest level, ``personal``
+what each client has made of its model for itself. Each is a mean over clients, and each is given for the last
+exit and for the mean over the level's exits (which is what ScaleFL's released code reports), and for the exits'
+ensemble where the method answers by one. What a method does not define is None.
 """
 
 from __future__ import annotations
@@ -19,26 +20,35 @@ from cluster_fl.data.batching import batch_sizes
 from cluster_fl.models import norm
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.extraction import load
-from cluster_fl.nesting.plan import Plan
-from cluster_fl.population import Population
-from cluster_fl.seeding import Purpose, generator
+from cluster_fl.nesting.plan import Plan, State
+from cluster_fl.nesting.submodel import Submodel
+from cluster_fl.rounds import Round
+from cluster_fl.seeding import Purpose, generator, torch_generator
+from cluster_fl.training.program import Answer, Context, Ensemble, LocalProgram
 from cluster_fl.training.worker import Worker
 
 # Small enough to balance two pools, large enough that a call's overhead does not show.
 SAMPLES_PER_TASK = 500
 BATCHES_PER_TASK = 50
+CLIENTS_PER_TASK = 4  # a personal model may have to be trained first
+
+PERSONAL = 0  # where a level's number stands otherwise
 
 Statistics = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Correct answers of one level's model: (clients, exits), and samples: (clients,)."""
+    """Correct answers: (clients, exits), and samples: (clients,). Level 0: of the clients' personal models.
+
+    ``together``: correct answers of the exits' ensemble, (clients,); None if the method has none.
+    """
 
     level: int
     clients: tuple[int, ...]
     correct: np.ndarray
     samples: np.ndarray
+    together: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -46,28 +56,76 @@ class Evaluate:
     """Runs one level's model over some clients' ``held_out`` or ``test`` parts."""
 
     level: int
+    submodel: Submodel
     clients: tuple[int, ...]
     part: str
     work: float
     statistics: Statistics | None = None
+    home: None = None
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Counts:
-        model = _model(worker, self.level, state, self.statistics)
+        model = _model(worker, self.level, self.submodel, state, self.statistics)
         rows = [getattr(worker.shares, self.part)[client] for client in self.clients]
-        size, batched = worker.config.evaluate.batch_size, worker.plan.evaluates_batches
         # A batch never mixes clients where its statistics would show in the answers.
+        batched = worker.plan.evaluates_batches
         groups = [[i] for i in range(len(rows))] if batched else [list(range(len(rows)))]
-        exits = len(worker.plan.level(self.level).submodel.exits)
-        correct = np.zeros((len(rows), exits), dtype=np.int64)
+        exits, ensemble = len(self.submodel.exits), worker.program.ensemble
+        correct = np.zeros((len(rows), exits + (ensemble is not None)), dtype=np.int64)
         samples = np.zeros(len(rows), dtype=np.int64)
         for group in groups:
             owner = np.concatenate([np.full(len(rows[i]), i) for i in group])
-            together = np.concatenate([rows[i] for i in group])
-            seen = sum(sizes := batch_sizes(len(together), size, 2 if batched else 1))
-            hits = _hits(model, worker, together[:seen], sizes)
-            np.add.at(correct, owner[:seen], hits)
-            np.add.at(samples, owner[:seen], 1)
-        return Counts(self.level, self.clients, correct, samples)
+            hits = right_answers(model, worker, np.concatenate([rows[i] for i in group]), ensemble)
+            np.add.at(correct, owner[: len(hits)], hits)
+            np.add.at(samples, owner[: len(hits)], 1)
+        together = None if ensemble is None else correct[:, exits]
+        return Counts(self.level, self.clients, correct[:, :exits], samples, together)
+
+
+@dataclass(frozen=True)
+class EvaluatePersonal:
+    """Runs clients' personal models over their own ``held_out`` or ``test`` parts.
+
+    Attributes:
+        levels, submodels, statistics: of the model that each client's own is made from.
+        personal: what each client kept from its last participation.
+    """
+
+    round: int
+    clients: tuple[int, ...]
+    levels: tuple[int, ...]
+    submodels: tuple[Submodel, ...]
+    personal: tuple[State, ...]
+    part: str
+    work: float
+    statistics: Mapping[int, Statistics]
+    home: None = None
+
+    def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Counts:
+        hits = [self._answer(worker, state, i) for i in range(len(self.clients))]
+        exits = max((h.shape[1] for h in hits), default=1)
+        # Clients may answer at different numbers of exits: a column a client lacks repeats its last one.
+        correct = np.array([np.pad(h.sum(0), (0, exits - h.shape[1]), mode="edge") for h in hits])
+        samples = np.array([len(h) for h in hits])
+        return Counts(PERSONAL, self.clients, correct.reshape(len(hits), exits), samples)
+
+    def _answer(self, worker: Worker, state: Mapping[str, np.ndarray], i: int) -> np.ndarray:
+        client, level, submodel = self.clients[i], self.levels[i], self.submodels[i]
+        model = _model(worker, level, submodel, state, self.statistics.get(level))
+        holding = worker.plan.holding(level, submodel)
+        context = Context(
+            worker=worker,
+            round=self.round,
+            client=client,
+            level=worker.plan.level(level),
+            submodel=submodel,
+            holding=holding,
+            received=holding.gather(state),
+            state=state,
+            personal=self.personal[i],
+            generator=torch_generator(worker.config.seed, Purpose.EVALUATE, self.round, client),
+        )
+        answer = worker.program.personalise(model, context)
+        return right_answers(answer, worker, getattr(worker.shares, self.part)[client])
 
 
 @dataclass(frozen=True)
@@ -75,16 +133,21 @@ class Collect:
     """Sums batch statistics of one level's model over batches of pooled training rows (HeteroFL's sBN)."""
 
     level: int
+    submodel: Submodel
     rows: np.ndarray
     sizes: tuple[int, ...]
     work: float
+    home: None = None
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> tuple[int, int, Statistics]:
         """(level, number of batches, mean of their statistics)."""
-        model = worker.fresh(self.level)
-        load(model, worker.plan.received(state, self.level))
+        model = worker.fresh(self.submodel)
+        load(model, worker.plan.holding(self.level, self.submodel).gather(state))
+        worker.program.deploy(model, worker.plan.level(self.level))
         norm.start_collecting(model)
-        model.train()
+        model.eval()
+        for _, module in norm.batch_norms(model):
+            module.train()
         with torch.no_grad():
             for rows in np.split(self.rows, np.cumsum(self.sizes)[:-1]):
                 model(worker.data.batch(rows)[0])
@@ -93,38 +156,75 @@ class Collect:
 
 
 def evaluations(
-    plan: Plan,
-    population: Population,
+    round: Round,
+    served: Sequence[Submodel],
     clients: Sequence[int] | np.ndarray,
     part: str,
     statistics: Mapping[int, Statistics],
 ) -> list[Evaluate]:
     """The tasks that fill the table: every level's model on every given client."""
-    sizes = [len(getattr(population.shares, part)[c]) for c in clients]
+    sizes = [len(getattr(round.population.shares, part)[c]) for c in clients]
     tasks = []
-    for level in plan.levels:
+    for level, submodel in zip(round.plan.levels, served, strict=True):
         for chunk in _chunks(sizes, SAMPLES_PER_TASK):
             work = sum(sizes[i] for i in chunk) * level.cost.macs / 3  # a forward without its backward
             who = tuple(int(clients[i]) for i in chunk)
-            tasks.append(Evaluate(level.number, who, part, work, statistics.get(level.number)))
+            own = statistics.get(level.number)
+            tasks.append(Evaluate(level.number, submodel, who, part, work, own))
     return tasks
 
 
-def collections(plan: Plan, population: Population, batch_size: int, seed: int, round: int) -> list[Collect]:
+def personal_evaluations(
+    round: Round,
+    program: LocalProgram,
+    served: Sequence[Submodel],
+    clients: Sequence[int] | np.ndarray,
+    part: str,
+    statistics: Mapping[int, Statistics],
+) -> list[EvaluatePersonal]:
+    """The tasks that run every given client's personal model; none for a method without such."""
+    if not program.personalises:
+        return []
+    plan, shares = round.plan, round.population.shares
+    tasks = []
+    for start in range(0, len(clients), CLIENTS_PER_TASK):
+        who = tuple(int(c) for c in clients[start : start + CLIENTS_PER_TASK])
+        levels = tuple(program.personal_level(int(plan.level_of[c])) for c in who)
+        work = sum(
+            (len(getattr(shares, part)[c]) + len(shares.train[c])) * plan.level(level).cost.macs
+            for c, level in zip(who, levels, strict=True)
+        )
+        tasks.append(
+            EvaluatePersonal(
+                round=round.number,
+                clients=who,
+                levels=levels,
+                submodels=tuple(served[level - 1] for level in levels),
+                personal=tuple(round.personal(c) for c in who),
+                part=part,
+                work=float(work),
+                statistics={level: statistics[level] for level in set(levels) & statistics.keys()},
+            )
+        )
+    return tasks
+
+
+def collections(round: Round, served: Sequence[Submodel]) -> list[Collect]:
     """The tasks that collect static batch norm statistics; none under another norm policy."""
+    plan, config = round.plan, round.config
     if not (plan.batch_norms and plan.model.norm == "static"):
         return []
-    pooled = np.concatenate(population.shares.train)
-    pooled = generator(seed, Purpose.STATISTICS, round).permutation(pooled)
-    sizes = batch_sizes(len(pooled), batch_size, 2)
+    pooled = np.concatenate(round.population.shares.train)
+    pooled = generator(config.seed, Purpose.STATISTICS, round.number).permutation(pooled)
+    sizes = batch_sizes(len(pooled), config.train.batch_size, 2)
     tasks = []
-    for level in plan.levels:
+    for level, submodel in zip(plan.levels, served, strict=True):
         start = 0
         for first in range(0, len(sizes), BATCHES_PER_TASK):
             chunk = tuple(sizes[first : first + BATCHES_PER_TASK])
             rows = pooled[start : start + sum(chunk)]
             start += len(rows)
-            tasks.append(Collect(level.number, rows, chunk, len(rows) * level.cost.macs / 3))
+            tasks.append(Collect(level.number, submodel, rows, chunk, len(rows) * level.cost.macs / 3))
     return tasks
 
 
@@ -140,26 +240,35 @@ def combine(parts: Iterable[tuple[int, int, Statistics]]) -> dict[int, Statistic
     }
 
 
-def accuracy(plan: Plan, level_of: np.ndarray, counts: Iterable[Counts]) -> dict[str, Any]:
-    """The accuracy block of a record: ``global``, ``local``, ``worst`` and ``levels``, fractions each.
+def accuracy(plan: Plan, counts: Iterable[Counts]) -> dict[str, Any]:
+    """The accuracy block of a record: ``global``, ``local``, ``worst``, ``personal`` and ``levels``, fractions each.
 
     A client without samples is left out of every mean; a value that no client has is None.
     """
-    clients = len(level_of)
-    tables = {kind: np.full((len(plan.levels), clients), np.nan) for kind in ("last_exit", "exit_mean")}
-    for part in counts:
+    clients = len(plan.level_of)
+    # Row 0 holds the personal models.
+    parts = list(counts)
+    kinds = ["last_exit", "exit_mean"]
+    if any(part.together is not None for part in parts):
+        kinds.append("ensemble")
+    tables = {kind: np.full((len(plan.levels) + 1, clients), np.nan) for kind in kinds}
+    for part in parts:
         seen = part.samples > 0
         who = np.asarray(part.clients)[seen]
         share = part.correct[seen] / part.samples[seen, None]
-        tables["last_exit"][part.level - 1, who] = share[:, -1]
-        tables["exit_mean"][part.level - 1, who] = share.mean(axis=1)
-    own = (level_of - 1, np.arange(clients))
-    levels = [{kind: _mean(t[row]) for kind, t in tables.items()} for row in range(len(plan.levels))]
+        tables["last_exit"][part.level, who] = share[:, -1]
+        tables["exit_mean"][part.level, who] = share.mean(axis=1)
+        if part.together is not None:
+            tables["ensemble"][part.level, who] = part.together[seen] / part.samples[seen]
+    own = (plan.level_of, np.arange(clients))
+    blocks = [{kind: _mean(t[row]) for kind, t in tables.items()} for row in range(len(plan.levels) + 1)]
+    levels = blocks[1:]
     return {
-        "global": levels[-1],
-        "local": {kind: _mean(table[own]) for kind, table in tables.items()},
-        "worst": {kind: _lowest([level[kind] for level in levels]) for kind in tables},
-        "levels": levels,
+        "global": levels[plan.global_level - 1] if plan.global_level is not None else None,
+        "local": {kind: _mean(table[own]) for kind, table in tables.items()} if plan.serves else None,
+        "worst": {kind: _lowest([b[kind] for b in levels]) for kind in tables} if plan.serves else None,
+        "personal": None if blocks[0]["last_exit"] is None else blocks[0],
+        "levels": levels if plan.serves else [],
     }
 
 
@@ -173,22 +282,33 @@ def _lowest(values: Sequence[float | None]) -> float | None:
 
 
 def _model(
-    worker: Worker, level: int, state: Mapping[str, np.ndarray], statistics: Statistics | None
+    worker: Worker,
+    level: int,
+    submodel: Submodel,
+    state: Mapping[str, np.ndarray],
+    statistics: Statistics | None,
 ) -> Layered:
-    model = worker.module(level) if statistics is None else worker.fresh(level)
-    load(model, worker.plan.received(state, level))
+    model = worker.module(submodel) if statistics is None else worker.fresh(submodel)
+    load(model, worker.plan.holding(level, submodel).gather(state))
+    worker.program.deploy(model, worker.plan.level(level))
     if statistics is not None:
         norm.set_statistics(model, {name: torch.tensor(value) for name, value in statistics.items()})
     return model.eval()
 
 
 @torch.no_grad()
-def _hits(model: Layered, worker: Worker, rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """(rows, exits): whether each exit's answer is right."""
+def right_answers(
+    answer: Answer, worker: Worker, rows: np.ndarray, ensemble: Ensemble | None = None
+) -> np.ndarray:
+    """(rows that a batch can hold, exits): whether each exit's answer is right; then the ensemble's, if any."""
+    smallest = 2 if worker.plan.evaluates_batches else 1
+    sizes = batch_sizes(len(rows), worker.config.evaluate.batch_size, smallest)
     hits: list[Tensor] = []
-    for batch in np.split(rows, np.cumsum(sizes)[:-1]) if sizes else []:
+    for batch in np.split(rows[: sum(sizes)], np.cumsum(sizes)[:-1]) if sizes else []:
         inputs, labels = worker.data.batch(batch)
-        hits.append(torch.stack([logits.argmax(1) == labels for logits in model(inputs)], dim=1))
+        exits = answer(inputs)
+        answers = exits if ensemble is None else [*exits, ensemble(exits)]
+        hits.append(torch.stack([logits.argmax(1) == labels for logits in answers], dim=1))
     if not hits:
         return np.zeros((0, 1), dtype=np.int64)
     return torch.cat(hits).cpu().numpy().astype(np.int64)

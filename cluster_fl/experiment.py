@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from cluster_fl import methods
-from cluster_fl.config import Config
+from cluster_fl.assignment import Allocation, SubmodelRule
+from cluster_fl.config import Config, level_count
 from cluster_fl.data import datasets
 from cluster_fl.data.datasets import Dataset
 from cluster_fl.data.partition import partition
 from cluster_fl.errors import RunError, UserError
+from cluster_fl.merging import Merge
 from cluster_fl.methods import Setting
 from cluster_fl.models.spec import ModelSpec
 from cluster_fl.nesting import levels
@@ -33,9 +36,25 @@ class Experiment:
     plan: Plan
     population: Population
 
+    @cached_property
     def program(self) -> LocalProgram:
         """What every client runs."""
         return methods.get(self.config.method).program(self.config, self.plan)
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        """Which level each participant trains."""
+        return methods.get(self.config.method).allocation(self.config, self.plan)
+
+    @cached_property
+    def rule(self) -> SubmodelRule:
+        """Which submodel of its level each participant trains."""
+        return methods.get(self.config.method).rule(self.config, self.plan)
+
+    @cached_property
+    def merge(self) -> Merge:
+        """How the clients' updates become the next weights."""
+        return methods.get(self.config.method).merge(self.config, self.plan)
 
     def sha256(self) -> str:
         """Hash of the plan, every client's level and every client's rows.
@@ -43,10 +62,12 @@ class Experiment:
         A resumed run makes them again; they must come out as they were, whatever libraries it finds.
         """
         digest = hashlib.sha256(json.dumps(self.plan.as_json(), sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(self.population.level_of).tobytes())
+        digest.update(np.ascontiguousarray(self.plan.level_of).tobytes())
         shares = self.population.shares
         for rows in (*shares.train, *shares.held_out, *shares.test):
             digest.update(np.ascontiguousarray(rows).tobytes() + b"|")
+        if len(shares.public):
+            digest.update(np.ascontiguousarray(shares.public).tobytes() + b"|public")
         return digest.hexdigest()
 
     def initial_state(self) -> State:
@@ -61,17 +82,24 @@ def prepare(config: Config) -> Experiment:
         UserError: the data is missing, the split is impossible, a level has no client, ...
     """
     plan = make_plan(config, datasets.describe(config.data))
-    _check_batches(config, plan)
-    dataset = datasets.load(config.data)
+    dataset = datasets.load(config.data, config.seed)
     shares = partition(dataset, config.data, config.clients.count, config.seed)
-    population = Population(shares, plan.level_of, Devices.by_level(config.time, plan.level_of))
+    tier_of = tiers(config)
+    population = Population(
+        shares, tier_of, Devices.by_level(config.time, tier_of, level_count(config.levels))
+    )
     return Experiment(config, dataset, plan, population)
+
+
+def tiers(config: Config) -> np.ndarray:
+    """Each client's device class, (clients,), from 1: the level that its budget affords."""
+    return levels.assign(config.levels, config.clients.count, generator(config.seed, Purpose.LEVELS))
 
 
 def make_plan(config: Config, shape: tuple[tuple[int, int, int], int]) -> Plan:
     """The split configuration alone; needs the samples' shape and the number of classes, not the data."""
-    level_of = levels.assign(config.levels, config.clients.count, generator(config.seed, Purpose.LEVELS))
-    plan = methods.get(config.method).plan(Setting(config, model_spec(config, *shape), level_of))
+    plan = methods.get(config.method).plan(Setting(config, model_spec(config, *shape), tiers(config)))
+    _check_batches(config, plan)
     _verify(plan)
     return plan
 
@@ -93,6 +121,7 @@ def model_spec(config: Config, input_shape: tuple[int, int, int], classes: int) 
         classes=classes,
         seed=int(sequence(config.seed, Purpose.INIT).generate_state(1, np.uint32)[0]),
         norm=config.model.norm,
+        norm_groups=config.model.norm_groups,
         exit_head=config.model.exit_head,
         options=dict(config.model.options),
     )

@@ -1,4 +1,4 @@
-"""Who takes part: each client's level, samples and device."""
+"""Who takes part: each client's samples and device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster_fl.timing.clock import Devices
 @dataclass(frozen=True)
 class Population:
     shares: Shares
-    level_of: np.ndarray  # (clients,), from 1
+    tier_of: np.ndarray  # (clients,), from 1: the class of each client's device
     devices: Devices
 
     def select(self, config: Config, round: int) -> np.ndarray:

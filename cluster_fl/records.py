@@ -8,7 +8,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from cluster_fl.errors import RunError, UserError
 class Progress:
     """Where a run stands after its last complete round: all that a resumed run needs besides its config.
 
-    ``rounds`` are complete; times are seconds and bytes are totals since round 0. ``device`` and
-    ``experiment`` (:meth:`Experiment.sha256`) are what a resumed run must find as they were.
+    ``rounds`` are complete; times are seconds and bytes are totals since round 0. ``memory`` is the server's
+    besides the weights, and ``clients`` says of each client with state of its own in which round it was kept.
+    ``device`` and ``experiment`` (:meth:`Experiment.sha256`) are what a resumed run must find as they were.
     """
 
     rounds: int
     state: dict[str, np.ndarray]
+    memory: dict[str, np.ndarray] = field(default_factory=dict)
+    clients: dict[int, int] = field(default_factory=dict)
     sim_time_s: float = 0.0
     wall_time_s: float = 0.0
     bytes_down: int = 0
@@ -45,6 +48,56 @@ def weights_sha256(state: Mapping[str, np.ndarray]) -> str:
     for name in sorted(state):
         digest.update(np.ascontiguousarray(state[name]).tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ClientStates:
+    """What clients keep between rounds: a file for a client and a round, so that a resumed run finds each as it was.
+
+    A file counts only if a checkpoint, or the run in progress, names its round.
+    """
+
+    path: Path
+
+    def load(self, client: int, round: int) -> dict[str, np.ndarray]:
+        """Raises RunError if the file is missing or damaged."""
+        try:
+            arrays: dict[str, np.ndarray] = load_file(self._file(client, round))
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self._file(client, round)} is missing or damaged ({error}).") from None
+        return arrays
+
+    def save(self, client: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
+        file = self._file(client, round)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")
+        save_arrays(draft, arrays)
+        os.replace(draft, file)
+        _sync(file.parent)
+
+    def sha256(self, clients: Mapping[int, int]) -> str | None:
+        """Hash of all clients' states in client order; None if nobody keeps any."""
+        if not clients:
+            return None
+        digest = hashlib.sha256()
+        for client in sorted(clients):
+            digest.update(weights_sha256(self.load(client, clients[client])).encode())
+        return digest.hexdigest()
+
+    def prune(self, kept: Sequence[Mapping[int, int]]) -> None:
+        """Removes the files that no checkpoint names; ``kept`` is the ``clients`` of each."""
+        wanted = {self._file(client, at) for clients in kept for client, at in clients.items()}
+        for file in self.path.glob("*/*round-*"):
+            if file not in wanted:
+                file.unlink()
+
+    def _file(self, client: int, round: int) -> Path:
+        return self.path / f"{client:06d}" / f"round-{round:05d}.safetensors"
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    _sync(path)
 
 
 @dataclass(frozen=True)
@@ -64,7 +117,7 @@ class RunFolder:
         self.refuse_existing()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(self.config_file, to_yaml(config))
+            write_text(self.config_file, to_yaml(config))
         except OSError as error:
             raise UserError("run.root", self.path.parent, f"cannot be written: {error.strerror}.") from None
 
@@ -76,6 +129,11 @@ class RunFolder:
     def rounds_file(self) -> Path:
         return self.path / "rounds.jsonl"
 
+    @property
+    def clients(self) -> ClientStates:
+        """What clients keep between rounds."""
+        return ClientStates(self.path / "clients")
+
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The run's configuration. Raises UserError if this is no run folder."""
         if not self.config_file.exists():
@@ -83,17 +141,17 @@ class RunFolder:
         return compose([self.config_file], overrides)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
-        _write(self.path / "plan.json", _pretty(plan))
+        write_text(self.path / "plan.json", pretty(plan))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        _write(self.path / "summary.json", _pretty(summary))
+        write_text(self.path / "summary.json", pretty(summary))
 
     def write_error(self, error: Exception) -> str:
         """Keeps the full report of a failure; says where, or nothing if the run never began."""
         if not self.path.is_dir():
             return ""
         log = self.path / "error.log"
-        _write(log, "".join(traceback.format_exception(error)))
+        write_text(log, "".join(traceback.format_exception(error)))
         return f"The full report is in {log}."
 
     def summary(self) -> dict[str, Any] | None:
@@ -127,18 +185,24 @@ class RunFolder:
             return
         draft = folder / f".{target.name}.{os.getpid()}"
         draft.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: np.ascontiguousarray(a) for n, a in progress.state.items()}, draft / "state.safetensors"
-        )
-        meta = {key: value for key, value in asdict(progress).items() if key != "state"}
-        meta |= {"fingerprint": fingerprint(config), "weights_sha256": weights_sha256(progress.state)}
-        _write(draft / "meta.json", _pretty(meta))
-        _sync(draft / "state.safetensors")
+        save_arrays(draft / "state.safetensors", progress.state)
+        if progress.memory:
+            save_arrays(draft / "memory.safetensors", progress.memory)
+        meta = {
+            f.name: getattr(progress, f.name) for f in fields(progress) if f.name not in ("state", "memory")
+        }
+        meta |= {
+            "fingerprint": fingerprint(config),
+            "weights_sha256": weights_sha256(progress.state),
+            "memory_sha256": weights_sha256(progress.memory),
+        }
+        write_text(draft / "meta.json", pretty(meta))
         os.replace(draft, target)
         _sync(folder)
         abandoned = folder.glob(".round-*")  # drafts of processes that were killed
         for old in (*self._checkpoints()[: -config.checkpoint.keep], *abandoned):
             shutil.rmtree(old)
+        self.clients.prune([self._meta(kept)["clients"] for kept in self._checkpoints()])
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -156,10 +220,13 @@ class RunFolder:
         if not found:
             return None
         try:
-            meta = json.loads((found[-1] / "meta.json").read_text())
+            meta = self._meta(found[-1])
             state = load_file(found[-1] / "state.safetensors")
-            written, checksum = meta.pop("fingerprint"), meta.pop("weights_sha256")
-            progress = Progress(state=state, **meta)
+            remembered = found[-1] / "memory.safetensors"
+            memory = load_file(remembered) if remembered.exists() else {}
+            written = meta.pop("fingerprint")
+            expected = meta.pop("weights_sha256"), meta.pop("memory_sha256")
+            progress = Progress(state=state, memory=memory, **meta)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise RunError(
                 f"{found[-1]}: the checkpoint is damaged ({error}); remove it to go on from the one before."
@@ -170,17 +237,22 @@ class RunFolder:
                 self.path,
                 f"{found[-1].name} was written under another configuration than its config.yaml.",
             )
-        if checksum != weights_sha256(state):
+        if expected != (weights_sha256(state), weights_sha256(memory)):
             raise RunError(
                 f"{found[-1]}: the weights do not match their checksum; remove it to go on from the one before."
             )
         return progress
 
+    def _meta(self, checkpoint: Path) -> dict[str, Any]:
+        meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
+        # JSON's keys are strings.
+        return meta | {"clients": {int(client): int(at) for client, at in meta["clients"].items()}}
+
     def rewind(self, rounds: int) -> None:
         """Cuts ``rounds.jsonl`` back to the first ``rounds`` rounds."""
         kept = [record for record in self.rounds() if record["round"] < rounds]
         if self.rounds_file.exists():
-            _write(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _sync(path: Path) -> None:
@@ -192,11 +264,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _pretty(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
+def pretty(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)

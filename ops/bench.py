@@ -128,12 +128,12 @@ def _train(config: Config, number: int, clients: Sequence[int]) -> float:
     plan, population = prepared.plan, prepared.population
     data, model = Resident(prepared.dataset, torch.device("cpu")), plan.model.build()
     models = {level.number: extract(model, plan.anatomy, level.submodel) for level in plan.levels}
-    program = prepared.program()
+    program = prepared.program
     assert isinstance(program, SGD)
     globals()["_barrier"].wait()
     start = time.perf_counter()
     for client in clients:
-        local = copy.deepcopy(models[int(population.level_of[client])]).train()
+        local = copy.deepcopy(models[int(plan.level_of[client])]).train()
         train = config.train
         optimiser = torch.optim.SGD(
             local.parameters(), learning_rate(train, number, config.rounds), train.momentum,

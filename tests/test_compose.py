@@ -157,12 +157,42 @@ def test_a_wrong_type_names_key_and_value(tmp_path: Path, override: str, key: st
         ("levels.shares=[0.5,0.5,0.5,-0.5]", "levels.shares", "sum to 1"),
         ("levels.budgets=[1,1]", "levels.budgets", "one value per client"),
         ("levels.pairs=[]", "levels.pairs", "at least one"),
+        ("levels.draw=windows", "levels.draw", "Did you mean window?"),
+        ("levels.order=fallen", "levels.order", "Did you mean falling?"),
+        ("train.correction.name=scafold", "train.correction.name", "Did you mean scaffold?"),
+        ("train.correction.name=scaffold", "train.momentum", "plain SGD"),
+        ("train.correction.alpha=0", "train.correction.alpha", "above 0"),
+        ("server.optimizer=adm", "server.optimizer", "Did you mean adam?"),
+        ("server.tau=0", "server.tau", "above 0"),
+        ("time.load=[0,1]", "time.load", "below 1"),
+        ("time.load=[]", "time.load", "below 1"),
+        ("time.load=[0,-0.5]", "time.load", "at least 0"),
     ],
 )
 def test_out_of_range_says_what_is_right(tmp_path: Path, override: str, key: str, right: str) -> None:
     error = refused(tmp_path, "", override)
     assert error.key == key
     assert right in str(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("server.optimizer=adam", "server.optimizer"), ("aggregation.weights=samples", "aggregation.weights")],
+)
+def test_feddyn_has_a_server_of_its_own(tmp_path: Path, override: str, key: str) -> None:
+    error = refused(tmp_path, "train: {correction: {name: feddyn}}\n", override)
+    assert error.key == key
+    assert "train.correction.name=feddyn" in str(error)
+
+
+def test_a_methods_preset_is_below_the_users_settings(tmp_path: Path) -> None:
+    scaffold = compose([file(tmp_path, "method: scaffold\n")])
+    assert (scaffold.train.correction.name, scaffold.train.momentum) == ("scaffold", 0.0)
+    free = compose(
+        [file(tmp_path, "method: scaffold\n")], ["train.correction.name=none", "train.momentum=0.5"]
+    )
+    assert (free.train.correction.name, free.train.momentum) == ("none", 0.5)
+    assert refused(tmp_path, "method: scaffold\n", "train.momentum=0.5").key == "train.momentum"
 
 
 def test_a_budget_for_each_client_is_checked(tmp_path: Path) -> None:

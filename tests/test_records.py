@@ -23,18 +23,23 @@ from tests.tiny import tiny
 STATE = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([-0.0, 1.5], dtype=np.float32)}
 
 
-def progress(rounds: int) -> Progress:
+def progress(rounds: int, clients: dict[int, int] | None = None) -> Progress:
     state = {name: array + np.float32(rounds) for name, array in STATE.items()}
-    return Progress(rounds, state, 1.5 * rounds, 2.5 * rounds, 3 * rounds, 4 * rounds)
+    memory = {"second/a": np.array([rounds / 3]), "control/b": state["b"]}
+    return Progress(rounds, state, memory, clients or {}, 1.5 * rounds, 2.5 * rounds, 3 * rounds, 4 * rounds)
 
 
 def same(one: Progress | None, other: Progress) -> bool:
-    return (
-        one is not None
-        and {**vars(one), "state": 0} == {**vars(other), "state": 0}
-        and {n: (a.dtype, a.shape, a.tobytes()) for n, a in one.state.items()}
-        == {n: (a.dtype, a.shape, a.tobytes()) for n, a in other.state.items()}
-    )
+    return one is not None and comparable(one) == comparable(other)
+
+
+def comparable(progress: Progress) -> dict[str, Any]:
+    """With arrays by their bits."""
+    arrays = {
+        kind: {n: (a.dtype, a.shape, a.tobytes()) for n, a in getattr(progress, kind).items()}
+        for kind in ("state", "memory")
+    }
+    return {**vars(progress), **arrays}
 
 
 @pytest.fixture
@@ -47,6 +52,11 @@ def folder(tmp_path: Path, config: Config) -> RunFolder:
     made = RunFolder(tmp_path / "run")
     made.create(config)
     return made
+
+
+def content(path: Path) -> list[str]:
+    """Every file below a folder."""
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
 def checkpoints(folder: RunFolder) -> list[str]:
@@ -161,9 +171,12 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, flipped, lambda _: b""], ids=["cut", "flipped", "empty"])
-def test_damaged_weights(folder: RunFolder, config: Config, damage: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize("name", ["state", "memory"])
+def test_damaged_weights(
+    folder: RunFolder, config: Config, name: str, damage: Callable[[bytes], bytes]
+) -> None:
     folder.save(config, progress(1))
-    file = folder.path / "checkpoints" / "round-00001" / "state.safetensors"
+    file = folder.path / "checkpoints" / "round-00001" / f"{name}.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(RunError, match=r"round-00001.*remove it to go on from the one before"):
         folder.load(config)
@@ -182,7 +195,7 @@ def test_damaged_meta(folder: RunFolder, config: Config, text: str) -> None:
         folder.load(config)
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "meta.json"])
+@pytest.mark.parametrize("name", ["state.safetensors", "memory.safetensors", "meta.json"])
 def test_a_missing_file(folder: RunFolder, config: Config, name: str) -> None:
     folder.save(config, progress(1))
     (folder.path / "checkpoints" / "round-00001" / name).unlink()
@@ -266,3 +279,110 @@ def test_rewind_is_whole_or_not_at_all(folder: RunFolder, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             folder.rewind(1)
     assert folder.rounds_file.read_bytes() == before
+
+
+# What clients keep.
+
+
+def kept(client: int, round: int) -> dict[str, np.ndarray]:
+    return {"own": np.full((2, 3), 100 * client + round, np.float32), "count": np.array([round])}
+
+
+def keep(folder: RunFolder, clients: dict[int, int]) -> None:
+    for client, round in clients.items():
+        folder.clients.save(client, round, kept(client, round))
+
+
+@pytest.fixture
+def everything_kept(folder: RunFolder, config: Config) -> dict[int, int]:
+    """Three clients over three rounds; the second round is in no checkpoint that is left."""
+    config.checkpoint.keep = 2
+    newest: dict[int, int] = {}
+    for round, clients in enumerate([(0, 1), (1, 2), (1,)]):
+        keep(folder, dict.fromkeys(clients, round))
+        newest |= dict.fromkeys(clients, round)
+        if round != 1:
+            folder.save(config, progress(round + 1, dict(newest)))
+    return newest
+
+
+def test_what_a_client_keeps_comes_back_bit_for_bit(folder: RunFolder) -> None:
+    keep(folder, {7: 3})
+    found = folder.clients.load(7, 3)
+    assert {n: (a.dtype, a.tolist()) for n, a in found.items()} == {
+        n: (a.dtype, a.tolist()) for n, a in kept(7, 3).items()
+    }
+    assert content(folder.path / "clients") == ["000007/round-00003.safetensors"]
+
+
+def test_keeping_again_replaces(folder: RunFolder) -> None:
+    """A round that is done once more after a crash."""
+    keep(folder, {7: 3})
+    folder.clients.save(7, 3, {"own": np.zeros(1, np.float32)})
+    assert list(folder.clients.load(7, 3)) == ["own"]
+
+
+@pytest.mark.parametrize("damage", [cut, lambda _: b"", None], ids=["cut", "empty", "missing"])
+def test_a_lost_client_state_is_an_error(folder: RunFolder, damage: Callable[[bytes], bytes] | None) -> None:
+    keep(folder, {7: 3})
+    (file,) = (folder.path / "clients").glob("*/*")
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        file.unlink()
+    with pytest.raises(RunError, match=r"round-00003\.safetensors is missing or damaged"):
+        folder.clients.load(7, 3)
+
+
+def test_an_interrupted_keeping_leaves_the_one_before(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(folder, {7: 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.clients.save(7, 3, {"own": np.zeros(1, np.float32)})
+    assert sorted(folder.clients.load(7, 3)) == ["count", "own"]
+
+
+def test_a_checkpoint_knows_in_which_round_each_client_kept(
+    folder: RunFolder, config: Config, everything_kept: dict[int, int]
+) -> None:
+    """Client numbers, not their names in JSON."""
+    found = folder.load(config)
+    assert found is not None
+    assert found.clients == everything_kept == {0: 0, 1: 2, 2: 1}
+
+
+def test_exactly_what_no_checkpoint_names_is_removed(
+    folder: RunFolder, config: Config, everything_kept: dict[int, int]
+) -> None:
+    """Client 1 kept in rounds 0, 1 and 2; no checkpoint stands for the second."""
+    assert content(folder.path / "clients") == [
+        "000000/round-00000.safetensors",
+        "000001/round-00000.safetensors",
+        "000001/round-00002.safetensors",
+        "000002/round-00001.safetensors",
+    ]
+    (folder.path / "clients" / "000002" / ".round-00001.safetensors.99").write_bytes(b"a dead process's")
+    keep(folder, {0: 3})
+    folder.save(config, progress(4, everything_kept | {0: 3}))
+    assert content(folder.path / "clients") == [
+        "000000/round-00000.safetensors",
+        "000000/round-00003.safetensors",
+        "000001/round-00002.safetensors",
+        "000002/round-00001.safetensors",
+    ]
+
+
+def test_the_hash_of_client_states(folder: RunFolder) -> None:
+    """Of every client's newest, in client order; the round in which it was kept is no part of it."""
+    keep(folder, {1: 0, 11: 0, 2: 0})
+    each = [weights_sha256(kept(client, 0)) for client in (1, 2, 11)]
+    expected = hashlib.sha256("".join(each).encode()).hexdigest()
+    assert folder.clients.sha256({11: 0, 2: 0, 1: 0}) == expected
+    folder.clients.save(2, 5, kept(2, 0))
+    assert folder.clients.sha256({1: 0, 2: 5, 11: 0}) == expected
+    folder.clients.save(2, 5, kept(2, 5))
+    assert folder.clients.sha256({1: 0, 2: 5, 11: 0}) != expected
+    assert folder.clients.sha256({}) is None

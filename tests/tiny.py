@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from actors.driver import Driver, MakePools
 from actors.events import Event
 from actors.pools import InlinePools
 from cluster_fl.compose import compose
 from cluster_fl.config import Config
+from cluster_fl.data.partition import Shares
+from cluster_fl.experiment import Experiment
+from cluster_fl.nesting.anatomy import Anatomy
+from cluster_fl.nesting.plan import Assignment, State
+from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.records import RunFolder
+from cluster_fl.rounds import Round
+from cluster_fl.training.worker import Worker
 
 TINY = """
 method: scalefl
@@ -42,6 +53,37 @@ def write_tiny(folder: Path) -> Path:
 def tiny(folder: Path, *overrides: str) -> Config:
     """The tiny configuration, composed from a file in ``folder``."""
     return compose([write_tiny(folder)], overrides)
+
+
+def worker_of(experiment: Experiment, shares: Shares | None = None) -> Worker:
+    """A pool's worker in this process."""
+    made, cpu = experiment, torch.device("cpu")
+    return Worker(made.config, made.plan, made.program, made.dataset, shares or made.population.shares, cpu)
+
+
+def round_of(
+    experiment: Experiment, state: State | None = None, number: int = 0, clients: Iterable[int] = ()
+) -> Round:
+    """A round in which the server and the clients have kept nothing."""
+    made, participants = experiment, np.array(list(clients), dtype=np.int64)
+    start = made.initial_state() if state is None else state
+    return Round(number, made.config, made.plan, made.population, start, {}, lambda _: {}, participants)
+
+
+def planned(round: Round) -> list[Assignment]:
+    """Every participant at its own level."""
+    levels = [(int(client), int(round.plan.level_of[client])) for client in round.participants]
+    return [Assignment(client, level, round.plan.level(level).submodel) for client, level in levels]
+
+
+def scattered(anatomy: Anatomy, submodel: Submodel, seed: int) -> Submodel:
+    """As many channels of every group as a prefix has, but any."""
+    rng = np.random.default_rng(seed)
+    chosen = tuple(
+        tuple(int(c) for c in np.sort(rng.permutation(group.size)[:count]))
+        for group, count in zip(anatomy.groups, submodel.channels, strict=True)
+    )
+    return replace(submodel, channels=chosen)
 
 
 def run_here(

@@ -7,7 +7,27 @@ from importlib import import_module
 from cluster_fl.config import choose
 from cluster_fl.methods.base import Method, Setting
 
-NAMES = ("scalefl",)
+NAMES = (
+    "fedavg",
+    "decoupled",
+    "fedprox",
+    "heterofl",
+    "scalefl",
+    "nefl",
+    "nestfl",
+    "fedrolex",
+    "feddropout",
+    "fjord",
+    "depthfl",
+    "inclusivefl",
+    "fiarse",
+    "feddf",
+    "perfedavg",
+    "hermes",
+    "scaffold",
+    "fedopt",
+    "feddrop",
+)
 
 __all__ = ["NAMES", "Method", "Setting", "get"]
 

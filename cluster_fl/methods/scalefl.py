@@ -12,22 +12,27 @@ is said of them below; ``configs/scalefl_cifar10_released.yaml`` has the release
   nothing but the norm's epsilon.
 - Layers behind a level's exit are not sent (the code sends a full-depth model).
 - Exits follow Eq. 1 (36/42/48 for ResNet110, which gives Table 1); the code's 30/38/46 do not meet it.
+- A level keeps the first channels of every layer, as in both. The paper allows any subset:
+  ``options.channels``, one order of a group's channels for the whole run, so that levels stay nested.
 - A level's accuracy is that of its last exit; the exit mean, which the code reports, stands beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster_fl.config import Config, option
-from cluster_fl.methods.base import Method, Setting
-from cluster_fl.nesting.levels import ratios
-from cluster_fl.nesting.ownership import has_batch_norms, owned_tensors
+from cluster_fl.methods.base import Method, Setting, sgd
 from cluster_fl.nesting.plan import Plan
-from cluster_fl.nesting.splitting import choose_pairs, make_levels
-from cluster_fl.nesting.tracing import anatomy
+from cluster_fl.nesting.splitting import split
+from cluster_fl.nesting.windows import outward, reverse
+from cluster_fl.seeding import Purpose, generator
+from cluster_fl.selection import reordered
 from cluster_fl.training.objectives import SelfDistillation
-from cluster_fl.training.program import SGD, LocalProgram
+from cluster_fl.training.program import LocalProgram
 
 
 @dataclass
@@ -37,24 +42,22 @@ class Options:
     kd_reduction: str = option("batch", "KL summed over classes, or averaged", choices=("batch", "element"))
     kd_gate: float = option(0.0, "share of the rounds before distillation starts", low=0, high=1)
     kd_detach: bool = option(True, "no gradient into the teacher")
+    channels: str = option(
+        "first", "which channels a level keeps", choices=("first", "last", "middle", "random")
+    )
     unit_weights: bool = option(True, "exit weights sum to 1; false: 1/(l(l+1)) of Eq. 5")
 
 
 def plan(setting: Setting) -> Plan:
-    levels = setting.config.levels
-    chosen, candidates = choose_pairs(setting.model, levels, ratios(levels))
-    model = setting.model.with_exits(tuple(sorted({candidate.depth for candidate in chosen})))
-    skeleton = model.skeleton()
-    traced = anatomy(skeleton, model.input_shape)
-    return Plan(
-        model=model,
-        anatomy=traced,
-        levels=make_levels(chosen, traced, levels),
-        level_of=setting.level_of,
-        owned=owned_tensors(skeleton, model.norm),
-        batch_norms=has_batch_norms(skeleton),
-        candidates=tuple(tuple(level) for level in candidates),
-    )
+    nested = split(setting.model, setting.config.levels, setting.level_of)
+    rng = generator(setting.config.seed, Purpose.CHANNELS)
+    orders: dict[str, Callable[[int], np.ndarray]] = {
+        "first": np.arange,
+        "last": reverse,
+        "middle": outward,
+        "random": rng.permutation,
+    }
+    return reordered(nested, orders[setting.config.options.channels])
 
 
 def program(config: Config, plan: Plan) -> LocalProgram:
@@ -67,7 +70,7 @@ def program(config: Config, plan: Plan) -> LocalProgram:
         detach_teacher=options.kd_detach,
         unit_weights=options.unit_weights,
     )
-    return SGD(config.train, config.rounds, objective, smallest_batch=2 if plan.batch_norms else 1)
+    return sgd(config, plan, objective)
 
 
 METHOD = Method(

@@ -26,7 +26,9 @@ def assign(
 ) -> np.ndarray:
     """Level (from 1) of each client, shape (clients,).
 
-    By budget where budgets are given; otherwise a random permutation cut into contiguous chunks, one a level.
+    By budget where budgets are given; otherwise the clients in ``levels.order`` cut into contiguous chunks, one a
+    level, sizes rounded to the nearest; in falling order they are rounded down and the smallest level takes the
+    rest (HeteroFL's fixed mode). A share of 0 makes a level that only the server has.
 
     Raises:
         UserError: a level would have no client.
@@ -35,11 +37,11 @@ def assign(
     if levels.budgets is not None:
         return cluster(levels.budgets, count)
     shares = levels.shares if levels.shares is not None else [1 / count] * count
-    bounds = np.floor(np.cumsum([0.0, *shares]) * clients + 0.5).astype(int)
-    order, result = rng.permutation(clients), np.zeros(clients, dtype=np.int64)
+    bounds = _bounds(np.asarray(shares), clients, levels.order == "falling")
+    order, result = _order(levels.order, clients, rng), np.zeros(clients, dtype=np.int64)
     for level in range(1, count + 1):
         chunk = order[bounds[level - 1] : bounds[level]]
-        if len(chunk) == 0:
+        if len(chunk) == 0 and shares[level - 1] > 0:
             key, value = ("levels.shares", levels.shares) if levels.shares else ("clients.count", clients)
             raise UserError(key, value, f"level {level} of {count} gets no client, and the method trains it.")
         result[chunk] = level
@@ -73,3 +75,18 @@ def cluster(budgets: list[float], count: int) -> np.ndarray:
                 "levels.count", count, f"clustering levels.budgets leaves level {level} without a client."
             )
     return result
+
+
+def _order(name: str, clients: int, rng: np.random.Generator | np.random.RandomState) -> np.ndarray:
+    """Client numbers, those of the smallest level first."""
+    if name == "shuffled":
+        return rng.permutation(clients)
+    return np.arange(clients) if name == "rising" else np.arange(clients)[::-1]
+
+
+def _bounds(shares: np.ndarray, clients: int, round_down: bool) -> np.ndarray:
+    if round_down:
+        sizes = np.floor(shares[1:] * clients + 1e-9).astype(int)
+        return np.cumsum([0, clients - sizes.sum(), *sizes])
+    bounds: np.ndarray = np.floor(np.cumsum([0.0, *shares]) * clients + 0.5).astype(int)
+    return bounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from cluster_fl.nesting.search import Candidate
 from cluster_fl.nesting.submodel import Index, Submodel, index_map
 
 State = dict[str, np.ndarray]
+WHOLE: Index = (...,)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Level:
         budgeted: what Eq. 1 counts for this level, in the unit of ``levels.metric``.
         ratio: ``budgeted`` over the plain full model.
         cost: of the module that is trained, all its exits included.
+        owned: the tensors of which this level has a copy of its own instead of sharing them.
+        also: levels whose own tensors this level's clients train besides their own (FjORD's widths).
     """
 
     number: int
@@ -37,6 +40,34 @@ class Level:
     ratio: float
     cost: Cost
     submodel: Submodel
+    owned: frozenset[str] = frozenset()
+    also: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one participant trains in one round. The submodel has the shape of its level, or a smaller one."""
+
+    client: int
+    level: int
+    submodel: Submodel
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Which elements of the state a submodel holds.
+
+    Attributes:
+        keys: the state's key of each tensor, by the tensor's name in the module.
+        where: the elements of it that are held, by the same name.
+    """
+
+    keys: dict[str, str]
+    where: dict[str, Index]
+
+    def gather(self, state: Mapping[str, np.ndarray]) -> State:
+        """What a client downloads, by tensor name; views of ``state`` where the submodel is a prefix."""
+        return {name: state[key][self.where[name]] for name, key in self.keys.items()}
 
 
 @dataclass(frozen=True)
@@ -44,22 +75,23 @@ class Plan:
     """What a run trains.
 
     Attributes:
-        owned: the tensors that exist once a level instead of being shared.
+        level_of: each client's level, (clients,), from 1: the one that its budget affords. A method may let it
+            train another one in some rounds.
         batch_norms: the model normalises training batches, so that none may hold a single sample.
+        global_level: the level whose model is the method's global one; None if it has none.
+        serves: levels have models of their own; otherwise only clients do.
+        starts: tensors that start otherwise than the model's, by the state's key.
     """
 
     model: ModelSpec
     anatomy: Anatomy
     levels: tuple[Level, ...]
-    level_of: np.ndarray  # (clients,), from 1
-    owned: frozenset[str]
+    level_of: np.ndarray
     batch_norms: bool
+    global_level: int | None
     candidates: tuple[tuple[Candidate, ...], ...] = ()
-
-    @cached_property
-    def indices(self) -> list[dict[str, Index]]:
-        """Per level, where its tensors lie in the full ones."""
-        return [index_map(self.anatomy, level.submodel) for level in self.levels]
+    serves: bool = True
+    starts: State = field(default_factory=dict)
 
     @property
     def evaluates_batches(self) -> bool:
@@ -71,23 +103,46 @@ class Plan:
 
     def key(self, level: int, name: str) -> str:
         """Where a level's tensor is found in the state."""
-        return f"level.{level}/{name}" if name in self.owned else name
+        return f"level.{level}/{name}" if name in self.level(level).owned else name
+
+    def holding(self, level: int, submodel: Submodel | None = None) -> Holding:
+        """What a client of a level holds of the state, with another submodel than the plan's if one is given."""
+        own = self.level(level)
+        if submodel is None or submodel == own.submodel:
+            return self._holdings[level - 1]
+        return self._hold(own, submodel)
 
     def initial_state(self, weights: Mapping[str, np.ndarray]) -> State:
         """Shared tensors as they are, owned ones once a level in that level's shape."""
-        state = {name: array for name, array in weights.items() if name not in self.owned}
-        for level, index in zip(self.levels, self.indices, strict=True):
-            for name in index.keys() & self.owned:
-                state[self.key(level.number, name)] = weights[name][index[name]].copy()
-        return state
-
-    def received(self, state: Mapping[str, np.ndarray], level: int) -> State:
-        """What a client of a level downloads; views of ``state`` where the submodel is a prefix."""
-        index = self.indices[level - 1]
-        return {
-            name: state[self.key(level, name)] if name in self.owned else state[name][where]
-            for name, where in index.items()
+        shared = {
+            name
+            for level, own in zip(self.levels, self._indices, strict=True)
+            for name in own.keys() - level.owned
         }
+        state = {name: array for name, array in weights.items() if name in shared}
+        for level, index in zip(self.levels, self._indices, strict=True):
+            for name in index.keys() & level.owned:
+                state[self.key(level.number, name)] = weights[name][index[name]].copy()
+        return state | self.starts
+
+    @cached_property
+    def _indices(self) -> list[dict[str, Index]]:
+        return [index_map(self.anatomy, level.submodel) for level in self.levels]
+
+    @cached_property
+    def _holdings(self) -> list[Holding]:
+        return [self._hold(level, level.submodel) for level in self.levels]
+
+    def _hold(self, level: Level, submodel: Submodel) -> Holding:
+        same = submodel == level.submodel
+        index = self._indices[level.number - 1] if same else index_map(self.anatomy, submodel)
+        keys = {name: self.key(level.number, name) for name in index}
+        where = {name: WHOLE if name in level.owned else at for name, at in index.items()}
+        for lower in level.also:
+            for name in self._indices[lower - 1].keys() & self.level(lower).owned:
+                key = self.key(lower, name)
+                keys[key], where[key] = key, WHOLE
+        return Holding(keys, where)
 
     def as_json(self) -> dict[str, Any]:
         counts = np.bincount(self.level_of, minlength=len(self.levels) + 1)

@@ -6,6 +6,9 @@ on a grid of depths and widths, where each level is deeper than the one below or
 counts the exit heads up to and including the level's own, and ``cost(M)`` the plain full model; with both,
 depths every sixth block and widths every 0.05, the published pairs of Table 1 come out (and with no other
 reading that was tried).
+
+Along one axis alone there is no imbalance to minimise: a level is then the largest submodel whose cost is within
+the budget and its tolerance, and no shallower than the one below.
 """
 
 from __future__ import annotations
@@ -36,13 +39,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched: a traced model with an exit at every candidate depth below its full depth."""
+    """What is searched: a traced model with an exit at every candidate depth below its full depth.
+
+    ``both``: width and depth; otherwise along one of them. ``nested_exits``: a level has the lower levels' exits.
+    """
 
     anatomy: Anatomy
     tables: Mapping[str, CostTable]
     metric: str
     tolerance: float
     tie_break: Sequence[str]
+    both: bool = True
+    nested_exits: bool = True
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -70,7 +78,9 @@ def search(problem: Problem, ratios: Sequence[float]) -> tuple[list[Candidate], 
         else:
             lower = sorted({candidate.depth for candidate in chosen})
             deeper = [p for p in _candidates(problem, ratio, lower) if _is_deeper(p[0], lower, problem)]
-            feasible.append(_ranked(problem, deeper, level))
+            feasible.append(
+                _ranked(problem, deeper, level) if problem.both else _largest(problem, deeper, level)
+            )
         chosen.append(feasible[-1][0])
     return chosen, feasible
 
@@ -93,7 +103,8 @@ def candidate_at(problem: Problem, width: float, depth: int, lower: Sequence[int
 
 
 def _is_deeper(candidate: Candidate, lower: Sequence[int], problem: Problem) -> bool:
-    return candidate.depth > max(lower, default=0) or candidate.depth == problem.anatomy.depth
+    least = max(lower, default=0) + problem.both
+    return candidate.depth >= least or candidate.depth == problem.anatomy.depth
 
 
 def _full(problem: Problem) -> Candidate:
@@ -104,10 +115,11 @@ def _full(problem: Problem) -> Candidate:
 def _candidates(problem: Problem, ratio: float, lower: Sequence[int]) -> list[tuple[Candidate, float]]:
     """Every grid point with how far it is from the budget (the worst metric's relative deviation)."""
     anatomy, depths = problem.anatomy, (*problem.anatomy.exits, problem.anatomy.depth)
-    costs = {m: _costs(anatomy, problem.tables[m], depths, lower) for m in problem.metrics}
+    heads = lower if problem.nested_exits else ()
+    costs = {m: _costs(anatomy, problem.tables[m], depths, heads) for m in problem.metrics}
     plain = {m: plain_cost(anatomy, problem.tables[m]) for m in problem.metrics}
     relative = np.stack([costs[m] / (ratio * plain[m]) for m in problem.metrics])
-    worst = np.argmax(np.abs(relative - 1), axis=0)
+    worst = np.argmax(np.abs(relative - 1) if problem.both else relative, axis=0)
     first = problem.metrics[0]
     points = []
     for (i, j), metric in np.ndenumerate(worst):
@@ -137,13 +149,22 @@ def _ranked(problem: Problem, points: list[tuple[Candidate, float]], level: int)
     }
     within = [c for c, off in points if off <= problem.tolerance + SLACK]
     if not within:
-        nearest = sorted(points, key=lambda point: point[1])[:SHOWN]
-        near = "; ".join(f"width {c.width:g} depth {c.depth}: {c.cost:,} ({c.ratio:.3f})" for c, _ in nearest)
-        raise UserError(
-            "levels.tolerance",
-            problem.tolerance,
-            f"level {level} has no width and depth whose {problem.metric} come that close to its budget. "
-            f"Nearest (cost, cost/budget): {near}.",
-        )
+        raise _impossible(problem, points, level, "that close to its budget")
     order = [keys[name] for name in problem.tie_break]
     return sorted(within, key=lambda c: (round(c.imbalance, 12), *(key(c) for key in order)))
+
+
+def _largest(problem: Problem, points: list[tuple[Candidate, float]], level: int) -> list[Candidate]:
+    within = [c for c, _ in points if c.ratio <= 1 + problem.tolerance + SLACK]
+    if not within:
+        raise _impossible(problem, points, level, "down to its budget")
+    return sorted(within, key=lambda c: (-c.cost, -c.width, -c.depth))
+
+
+def _impossible(
+    problem: Problem, points: list[tuple[Candidate, float]], level: int, wanted: str
+) -> UserError:
+    nearest = sorted(points, key=lambda point: point[1])[:SHOWN]
+    near = "; ".join(f"width {c.width:g} depth {c.depth}: {c.cost:,} ({c.ratio:.3f})" for c, _ in nearest)
+    right = f"level {level} has no width and depth whose {problem.metric} come {wanted}. "
+    return UserError("levels.tolerance", problem.tolerance, f"{right}Nearest (cost, cost/budget): {near}.")

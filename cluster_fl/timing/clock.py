@@ -30,13 +30,12 @@ class Devices:
     latency: float  # seconds, round trip
 
     @staticmethod
-    def by_level(config: TimeConfig, level_of: np.ndarray) -> Devices:
-        """The profile of each client's level.
+    def by_level(config: TimeConfig, level_of: np.ndarray, levels: int) -> Devices:
+        """The profile of each client's level, of so many levels.
 
         Raises:
             UserError: a list has not one positive value a level.
         """
-        levels = int(level_of.max())
         gflops = _profile("time.gflops", config.gflops, _geometric(levels), levels)
         down = _profile("time.down_mbps", config.down_mbps, [DOWN_MBPS] * levels, levels)
         up = _profile("time.up_mbps", config.up_mbps, [UP_MBPS] * levels, levels)
@@ -45,19 +44,28 @@ class Devices:
 
 
 def client_seconds(
-    devices: Devices, clients: np.ndarray, macs: np.ndarray, payload: np.ndarray, samples: np.ndarray
+    devices: Devices,
+    clients: np.ndarray,
+    macs: np.ndarray,
+    down: np.ndarray,
+    up: np.ndarray,
+    samples: np.ndarray,
+    busy: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """Download + compute + upload of each client, seconds, shape (clients,).
 
     Args:
         clients: who.
-        macs: of one sample's forward pass through the client's submodel.
-        payload: bytes of the submodel, sent both ways.
+        macs: of one sample's forward pass, as often as the local program passes.
+        down, up: bytes received and sent.
         samples: trained on, epochs counted.
+        busy: share of the device's speed that other work takes.
     """
-    bits = payload * 8.0
-    compute = samples * macs * float(FORWARD_AND_BACKWARD * FLOPS_PER_MAC) / devices.flops[clients]
-    total: np.ndarray = devices.latency + bits / devices.down[clients] + compute + bits / devices.up[clients]
+    speed = devices.flops[clients] * (1 - busy)
+    compute = samples * macs * float(FORWARD_AND_BACKWARD * FLOPS_PER_MAC) / speed
+    total: np.ndarray = (
+        devices.latency + down * 8.0 / devices.down[clients] + compute + up * 8.0 / devices.up[clients]
+    )
     return total
 
 

@@ -1,4 +1,4 @@
-"""A cohort: the clients of a round that share a submodel, in client order, in chunks of a fixed size.
+"""A cohort: clients of a round whose submodels have one shape, in client order, in chunks of a fixed size.
 
 Its composition depends on the configuration, the round and the seed alone. It is what one call trains, what
 is placed and repeated, and what returns one partial sum.
@@ -6,18 +6,19 @@ is placed and repeated, and what returns one partial sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cluster_fl.aggregation.exact import weight_unit
 from cluster_fl.aggregation.nested import PartialSum
-from cluster_fl.config import Config
 from cluster_fl.nesting.extraction import load, read
-from cluster_fl.nesting.plan import Plan
-from cluster_fl.population import Population
+from cluster_fl.nesting.plan import Assignment, Holding, State
+from cluster_fl.nesting.submodel import Submodel
+from cluster_fl.rounds import Round
 from cluster_fl.seeding import Purpose, torch_generator
+from cluster_fl.training.program import Context, LocalProgram, Trained
 from cluster_fl.training.worker import Worker
 
 
@@ -36,52 +37,162 @@ class CohortReport:
 
 @dataclass(frozen=True)
 class CohortResult:
+    """``extra`` sums what clients sent besides; ``personal`` is what they keep, by client."""
+
     partial: PartialSum
+    extra: PartialSum | None
     report: CohortReport
+    personal: dict[int, State]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's trained submodel: its deltas (float64) and how far it speaks for them, by tensor name."""
+
+    client: int
+    weight: float
+    holding: Holding
+    deltas: dict[str, np.ndarray]
+    coverage: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of a cohort. ``personal`` is what it kept from its last participation."""
+
+    client: int
+    weight: float
+    submodel: Submodel
+    personal: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Trains ``clients`` on the level's submodel, each from the same state, weighted by ``weights``."""
+    """Trains its members, each from the same state.
+
+    Attributes:
+        number: of the cohort in its round.
+        extra_weight: with what each client counts in the sum of what it sends besides its update.
+        keep: the pool keeps the updates for further passes of the same round.
+    """
 
     round: int
+    number: int
     level: int
-    clients: tuple[int, ...]
-    weights: tuple[float, ...]
+    members: tuple[Member, ...]
+    extra_weight: float
     work: float
+    keep: bool = False
+
+    @property
+    def home(self) -> tuple[int, int]:
+        return self.round, self.number
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        return tuple(member.client for member in self.members)
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> CohortResult:
-        received = worker.plan.received(state, self.level)
-        module = worker.module(self.level).train()
-        partial = PartialSum.empty(self.level, {name: array.shape for name, array in received.items()})
-        reports, refused = [], []
-        for client, weight in zip(self.clients, self.weights, strict=True):
-            load(module, received)
-            generator = torch_generator(worker.config.seed, Purpose.TRAIN, self.round, client)
-            rows = worker.shares.train[client]
-            reports.append(worker.program(module, worker.data, rows, self.round, generator))
+        partial, extra = self.empty(worker, state), None
+        trained, kept, refused = [], [], []
+        for member in self.members:
+            update, done = _train(self, member, worker, state)
+            trained.append(done)
             # A client that took no step has nothing to say, so it does not dilute the mean either.
-            if reports[-1].steps and not partial.add(received, read(module), weight):
-                refused.append(client)
-        losses, steps = tuple(r.loss for r in reports), tuple(r.steps for r in reports)
-        return CohortResult(partial, CohortReport(self.clients, losses, steps, tuple(refused)))
+            if done.steps and not partial.add(update.holding, update.deltas, member.weight, update.coverage):
+                refused.append(member.client)
+            elif done.steps and self.keep:
+                kept.append(update)
+            if done.extra:
+                sent = _only(update.holding, done.extra)
+                extra = extra or self.empty(worker, state, frozenset(done.extra))
+                extra.add(sent, {n: a.astype(np.float64) for n, a in done.extra.items()}, self.extra_weight)
+        if self.keep:
+            worker.keep(self.round, self.number, kept)
+        losses, steps = tuple(t.loss for t in trained), tuple(t.steps for t in trained)
+        report = CohortReport(self.clients, losses, steps, tuple(refused))
+        personal = {
+            member.client: done.personal
+            for member, done in zip(self.members, trained, strict=True)
+            if done.personal is not None
+        }
+        return CohortResult(partial, extra, report, personal)
+
+    def updates(self, worker: Worker, state: Mapping[str, np.ndarray]) -> list[Update]:
+        """What its clients sent in this round: kept by this pool, or trained once more from ``state``."""
+        if worker.kept(self.round, self.number) is None:
+            replace(self, keep=True).run(worker, state)
+        updates: list[Update] = worker.kept(self.round, self.number)
+        return updates
+
+    def empty(
+        self, worker: Worker, state: Mapping[str, np.ndarray], names: frozenset[str] | None = None
+    ) -> PartialSum:
+        """A sum of these tensors (all if None): in the submodel's coordinates if all members share it."""
+        first = self.members[0].submodel
+        holding = worker.plan.holding(self.level, first)
+        if names is not None:
+            holding = _only(holding, names)
+        if all(member.submodel == first for member in self.members):
+            return PartialSum.of(holding, state)
+        return PartialSum.over(state, holding.keys.values())
 
 
-def form(
-    config: Config, plan: Plan, population: Population, round: int, participants: np.ndarray
-) -> list[Cohort]:
-    """The cohorts of a round, by level and then in client order."""
-    samples = np.array([len(population.shares.train[c]) for c in participants])
-    shares = samples if config.aggregation.weights == "samples" else np.ones_like(samples)
-    unit = weight_unit(max(1, int(shares.sum())))
-    levels = population.level_of[participants]
-    cohorts = []
-    for level in plan.levels:
-        at = np.flatnonzero(levels == level.number)
-        for start in range(0, len(at), config.train.cohort_size):
-            chunk = at[start : start + config.train.cohort_size]
-            clients = tuple(int(c) for c in participants[chunk])
-            weights = tuple(float(shares[i]) * unit for i in chunk)
-            work = float(samples[chunk].sum() * level.cost.macs * config.train.epochs)
-            cohorts.append(Cohort(round, level.number, clients, weights, work))
+def _train(
+    cohort: Cohort, member: Member, worker: Worker, state: Mapping[str, np.ndarray]
+) -> tuple[Update, Trained]:
+    plan = worker.plan
+    holding = plan.holding(cohort.level, member.submodel)
+    received = holding.gather(state)
+    module = worker.module(member.submodel)
+    load(module, received)
+    generator = torch_generator(worker.config.seed, Purpose.TRAIN, cohort.round, member.client)
+    context = Context(
+        worker=worker,
+        round=cohort.round,
+        client=member.client,
+        level=plan.level(cohort.level),
+        submodel=member.submodel,
+        holding=holding,
+        received=received,
+        state=state,
+        personal=member.personal,
+        generator=generator,
+    )
+    done = worker.program.train(module.train(), context)
+    after = read(module) | done.also
+    deltas = {name: array.astype(np.float64) - received[name] for name, array in after.items()}
+    return Update(member.client, member.weight, holding, deltas, done.coverage), done
+
+
+def _only(holding: Holding, names: Iterable[str]) -> Holding:
+    return Holding({n: holding.keys[n] for n in names}, {n: holding.where[n] for n in names})
+
+
+def form(round: Round, assignments: Sequence[Assignment], program: LocalProgram, keep: bool) -> list[Cohort]:
+    """The cohorts of a round, by level and shape, and then in client order."""
+    config, shares = round.config, round.population.shares
+    samples = [len(shares.train[a.client]) for a in assignments]
+    counts = samples if config.aggregation.weights == "samples" else [1] * len(samples)
+    unit, extra_weight = weight_unit(max(1, sum(counts))), weight_unit(max(1, len(assignments)))
+    alike: dict[tuple[int, Submodel], list[int]] = {}
+    for position, assignment in enumerate(assignments):
+        alike.setdefault((assignment.level, assignment.submodel.shape), []).append(position)
+    cohorts: list[Cohort] = []
+    for (number, _), positions in sorted(alike.items(), key=lambda item: (item[0][0], item[1])):
+        level = round.plan.level(number)
+        each = level.cost.macs * config.train.epochs * program.effort(level).compute
+        for start in range(0, len(positions), config.train.cohort_size):
+            chunk = positions[start : start + config.train.cohort_size]
+            members = tuple(
+                Member(
+                    client=assignments[i].client,
+                    weight=counts[i] * unit,
+                    submodel=assignments[i].submodel,
+                    personal=round.personal(assignments[i].client) if program.keeps_state else {},
+                )
+                for i in chunk
+            )
+            work = float(sum(samples[i] for i in chunk) * each)
+            cohorts.append(Cohort(round.number, len(cohorts), number, members, extra_weight, work, keep))
     return cohorts

@@ -1,29 +1,72 @@
-"""Losses of multi-exit models."""
+"""Losses of models with one or several exits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import itertools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from cluster_fl.training.program import Context
 
-class Objective(Protocol):
-    """Loss of one batch.
 
-    Args:
-        logits: of every exit, (B, classes) each, the deepest last.
-        labels: (B,) class numbers.
-        progress: share of the rounds that lie behind, in [0, 1).
-    """
+class Objective(ABC):
+    """Loss of one batch."""
 
-    def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor: ...
+    @abstractmethod
+    def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor:
+        """A scalar.
+
+        Args:
+            logits: of every exit, (B, classes) each, the deepest last.
+            labels: (B,) class numbers.
+            progress: share of the rounds that lie behind, in [0, 1).
+        """
+
+    def of(self, context: Context) -> Objective:
+        """The objective of one client, for those that differ between clients."""
+        return self
 
 
 @dataclass(frozen=True)
-class SelfDistillation:
+class CrossEntropy(Objective):
+    """Of the last exit."""
+
+    def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor:
+        return F.cross_entropy(logits[-1], labels)
+
+
+@dataclass(frozen=True)
+class MaskedCrossEntropy(Objective):
+    """Of the last exit, with a logit of 0 for every class that the client has no training sample of (HeteroFL).
+
+    0, not minus infinity: such a class keeps its part exp(0) of the softmax, and its logit gets no gradient.
+
+    Attributes:
+        has_class: of which classes the client has samples, bool (classes,); None stands for all.
+    """
+
+    has_class: Tensor | None = None
+
+    def of(self, context: Context) -> MaskedCrossEntropy:
+        return replace(self, has_class=context.has_class)
+
+    def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor:
+        return F.cross_entropy(self.masked(logits[-1]), labels)
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """The client's answer, (B, classes)."""
+        return logits if self.has_class is None else logits.masked_fill(~self.has_class, 0)
+
+
+@dataclass(frozen=True)
+class SelfDistillation(Objective):
     """Weighted cross-entropy of all exits, and distillation from the last one (ScaleFL, Eq. 5).
 
         L = norm * sum_i i * (CE_i + kd_weight * T^2 * KL(last || i))
@@ -67,3 +110,37 @@ class SelfDistillation:
         samples, classes = student.shape
         terms = samples if self.reduction == "batch" else samples * classes
         return F.kl_div(log_student, target, reduction="sum") / terms * self.temperature**2
+
+
+@dataclass(frozen=True)
+class MutualDistillation(Objective):
+    """Cross-entropy of all exits, each distilled from all the others (DepthFL, Kim et al., ICLR 2023).
+
+        L = sum_i CE_i + lambda_t / (M - 1) * sum_i sum_{j != i} KL(j || i)
+
+    for M exits, at temperature 1; the teacher j gets no gradient. In round t, from 0,
+    lambda_t = exp(-5 (1 - min(t, T) / T)^2).
+
+    Attributes:
+        ramp: T as a share of the run's rounds; 0: lambda is always 1.
+        distil: the KL terms are there at all.
+    """
+
+    ramp: float
+    distil: bool = True
+
+    def __call__(self, logits: list[Tensor], labels: Tensor, progress: float) -> Tensor:
+        total = sum((F.cross_entropy(own, labels) for own in logits[1:]), F.cross_entropy(logits[0], labels))
+        if not self.distil or len(logits) == 1:
+            return total
+        logs = [F.log_softmax(own, dim=1) for own in logits]
+        divergence = sum(
+            F.kl_div(student, teacher.detach(), reduction="batchmean", log_target=True)
+            for student, teacher in itertools.permutations(logs, 2)
+        )
+        return total + self.weight(progress) / (len(logits) - 1) * divergence
+
+    def weight(self, progress: float) -> float:
+        """lambda_t; ``progress`` is the share of the rounds that lie behind."""
+        done = min(progress / self.ramp, 1.0) if self.ramp else 1.0
+        return math.exp(-5 * (1 - done) ** 2)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from cluster_fl import methods
 from cluster_fl.config import Config
 from cluster_fl.data.batching import Resident
 from cluster_fl.data.datasets import Dataset
@@ -19,6 +18,8 @@ from cluster_fl.data.partition import Shares
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.extraction import extract
 from cluster_fl.nesting.plan import Plan
+from cluster_fl.nesting.submodel import Submodel
+from cluster_fl.training.program import LocalProgram
 
 Result = TypeVar("Result")
 Out = TypeVar("Out", covariant=True)
@@ -27,11 +28,15 @@ Out = TypeVar("Out", covariant=True)
 class Task(Protocol[Out]):
     """One call to a pool: a pure function of itself and the state, so repeating it elsewhere is harmless.
 
-    ``work`` predicts its duration in arbitrary but common units; the longest go first.
+    ``work`` predicts its duration in arbitrary but common units; the longest go first. Tasks of the same
+    ``home`` are best run by the same pool, which may have kept something for them; None: anywhere.
     """
 
     @property
     def work(self) -> float: ...
+
+    @property
+    def home(self) -> Hashable: ...
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Out: ...
 
@@ -56,14 +61,21 @@ class Worker:
     """One pool's share of the machine. One thread, since two give other bits than one."""
 
     def __init__(
-        self, config: Config, plan: Plan, dataset: Dataset, shares: Shares, device: torch.device
+        self,
+        config: Config,
+        plan: Plan,
+        program: LocalProgram,
+        dataset: Dataset,
+        shares: Shares,
+        device: torch.device,
     ) -> None:
-        self.config, self.plan, self.shares, self.device = config, plan, shares, device
+        self.config, self.plan, self.program = config, plan, program
+        self.shares, self.device = shares, device
         _make_deterministic(device)
         self.data = Resident(dataset, device)
-        self.program = methods.get(config.method).program(config, plan)
-        self._full = plan.model.build()
-        self._modules: dict[int, Layered] = {}
+        self._full = plan.model.untrained().build()
+        self._modules: dict[Hashable, Layered] = {}
+        self._kept: dict[tuple[int, Hashable], Any] = {}
 
     def execute(self, task: Task[Result], state: Mapping[str, np.ndarray]) -> Outcome[Result]:
         # The caller's thread count is put back, for callers that share the process.
@@ -76,13 +88,24 @@ class Worker:
             torch.set_num_threads(threads)
         return Outcome(result, time.perf_counter() - start)
 
-    def module(self, level: int) -> Layered:
-        """The level's module, built once and kept; its weights are whatever its last user left."""
-        if level not in self._modules:
-            small = extract(self._full, self.plan.anatomy, self.plan.level(level).submodel)
-            self._modules[level] = small.to(self.device).to(memory_format=torch.channels_last)
-        return self._modules[level]
+    def module(self, submodel: Submodel) -> Layered:
+        """A module of the submodel's shape, built once and kept; its weights are whatever its last user left."""
+        shape = submodel.shape
+        if shape not in self._modules:
+            small = extract(self._full, self.plan.anatomy, submodel)
+            self._modules[shape] = small.to(self.device).to(memory_format=torch.channels_last)
+        return self._modules[shape]
 
-    def fresh(self, level: int) -> Layered:
-        """A copy of the level's module that its user may change."""
-        return copy.deepcopy(self.module(level))
+    def fresh(self, submodel: Submodel) -> Layered:
+        """A copy of the submodel's module that its user may change."""
+        return copy.deepcopy(self.module(submodel))
+
+    def keep(self, round: int, key: Hashable, value: Any) -> None:
+        """Keeps a value until the first one of another round comes."""
+        if any(kept_round != round for kept_round, _ in self._kept):
+            self._kept.clear()
+        self._kept[round, key] = value
+
+    def kept(self, round: int, key: Hashable) -> Any:
+        """What was kept in this round, or None: another pool did the work, or this one is new."""
+        return self._kept.get((round, key))

@@ -14,7 +14,9 @@ from actors.events import Finished, Planned, RoundDone, Working
 from actors.pools import InlinePools
 from cluster_fl import records
 from cluster_fl.errors import UserError
+from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.records import RunFolder
+from tests.test_merging import TwoPasses
 from tests.tiny import lines, outcome, run_here, tiny
 
 
@@ -133,3 +135,51 @@ def test_a_run_is_the_same_run_again_and_another_with_another_seed(tmp_path: Pat
     assert outcome(tmp_path / "same") == outcome(tmp_path / "one")
     hashes = [outcome(tmp_path / name)[1]["weights_sha256"] for name in ("one", "other")]
     assert hashes[0] != hashes[1]
+
+
+def test_a_merge_of_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its phases are told and timed like any other."""
+    monkeypatch.setattr(Experiment, "merge", TwoPasses())
+    events = run_here(tiny(tmp_path, "rounds=1"), tmp_path / "run")
+    phases = [event.phase for event in events if isinstance(event, Working) and event.done == 0]
+    assert phases == ["train", "weigh", "evaluate", "evaluate"]
+    (record,) = lines(tmp_path / "run")
+    assert set(record["wall"]["phases"]) >= {"train", "weigh", "aggregate", "evaluate"}
+    assert len(record["participants"]) == 6
+
+
+def test_a_level_that_only_the_server_has(tmp_path: Path) -> None:
+    """Nobody affords the largest one: its own part keeps its bits, and it answers all the same."""
+    config = tiny(tmp_path, "levels.shares=[0.5,0.5,0]", "rounds=1")
+    run_here(config, tmp_path / "run")
+    progress = RunFolder(tmp_path / "run").load(config)
+    assert progress is not None
+    made = prepare(config)
+    start = made.initial_state()
+    top = start.keys() - {key for level in (1, 2) for key in made.plan.holding(level).keys.values()}
+    assert "units.2.conv1.weight" in top
+    assert all(progress.state[key].tobytes() == start[key].tobytes() for key in top)
+    assert progress.state["stem.conv.weight"].tobytes() != start["stem.conv.weight"].tobytes()
+    accuracy = outcome(tmp_path / "run")[1]["accuracy"]
+    assert all(level["last_exit"] is not None for level in (*accuracy["levels"], accuracy["global"]))
+
+
+def test_checkpoints_have_the_servers_memory(tmp_path: Path) -> None:
+    """Adam's moments: a resumed run goes on with them."""
+    adam = ("server.optimizer=adam", "server.lr=0.01")
+    run_here(tiny(tmp_path, *adam), tmp_path / "undisturbed")
+    for event in (driver := Driver(tiny(tmp_path, *adam), RunFolder(tmp_path / "run"), InlinePools)).run():
+        if isinstance(event, RoundDone) and event.record["round"] == 1:
+            break
+    assert driver.stop() == 2
+    run_here(tiny(tmp_path, *adam), tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+    found, expected = (
+        RunFolder(tmp_path / name).load(tiny(tmp_path, *adam)) for name in ("run", "undisturbed")
+    )
+    assert found is not None
+    assert expected is not None
+    assert any(array.any() for array in expected.memory.values())
+    assert {key: array.tobytes() for key, array in found.memory.items()} == {
+        key: array.tobytes() for key, array in expected.memory.items()
+    }

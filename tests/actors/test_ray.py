@@ -19,15 +19,17 @@ from actors.events import Finished, Planned, RoundDone, Working
 from actors.pools import InlinePools
 from actors.ray_pools import RayPools
 from actors.session import Session, connected
+from cluster_fl.aggregation.nested import PartialSum
 from cluster_fl.config import ClusterConfig
 from cluster_fl.errors import RunError, UserError
-from cluster_fl.experiment import prepare
+from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.records import RunFolder, weights_sha256
 from cluster_fl.training import cohort
 from cluster_fl.training.cohort import Cohort, CohortResult
 from cluster_fl.training.worker import Worker
 from tests.processes import wait
-from tests.tiny import lines, outcome, run_here, tiny
+from tests.test_merging import TwoPasses, Weighed
+from tests.tiny import lines, outcome, planned, round_of, run_here, tiny
 
 POOLS = 4
 Computed = tuple[list[dict[str, Any]], dict[str, Any]]
@@ -108,6 +110,11 @@ def test_more_pools_than_fit_are_refused_before_anything_is_written(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def everybodys(experiment: Experiment) -> list[Cohort]:
+    round = round_of(experiment, clients=range(experiment.config.clients.count))
+    return cohort.form(round, planned(round), experiment.program, False)
+
+
 def test_the_published_state_is_never_written(tmp_path: Path) -> None:
     """Pools share its memory: a write in one would show in all, and here."""
     experiment = prepare(tiny(tmp_path, "cluster.pools=1"))
@@ -115,8 +122,7 @@ def test_the_published_state_is_never_written(tmp_path: Path) -> None:
     try:
         handle = pools.publish(experiment.initial_state())
         before = weights_sha256(ray.get(handle))
-        everyone = np.arange(experiment.config.clients.count)
-        tasks = cohort.form(experiment.config, experiment.plan, experiment.population, 0, everyone)
+        tasks = everybodys(experiment)
         results = dict(pools.execute(tasks, handle))
         assert sorted(results) == list(range(len(tasks)))
         assert weights_sha256(ray.get(handle)) == before == weights_sha256(experiment.initial_state())
@@ -273,6 +279,41 @@ def test_a_tasks_own_complaint_keeps_its_key(
         run_here(tiny(tmp_path, "cluster.pools=1"), tmp_path / "run", RayPools)
 
 
+@dataclass(frozen=True)
+class DiesOnceWeighing(Weighed):
+    """Takes the pool and all that it has kept of the round with it."""
+
+    mark: str = ""
+
+    def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> PartialSum:
+        if not Path(self.mark).exists():
+            Path(self.mark).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(worker, state)
+
+
+@dataclass(frozen=True)
+class Unlucky(TwoPasses):
+    mark: str
+
+    def weighing(self, cohort: Cohort, weights: Mapping[int, float]) -> Weighed:
+        return DiesOnceWeighing(cohort, weights, mark=self.mark)
+
+
+def test_several_passes_give_the_same_whoever_kept_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, in two pools, and in two of which one dies between the passes."""
+    merges = {"inline": TwoPasses(), "ray": TwoPasses(), "dies": Unlucky(str(tmp_path / "mark"))}
+    config = tiny(tmp_path, "cluster.pools=2", "rounds=1", "clients.per_round=8")
+    for name, merge in merges.items():
+        monkeypatch.setattr(Experiment, "merge", merge)
+        run_here(config, tmp_path / name, InlinePools if name == "inline" else RayPools)
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "dies") == outcome(tmp_path / "inline")
+    assert (tmp_path / "mark").exists()
+    assert [record["retries"] for record in lines(tmp_path / "dies")] == [1]
+
+
 def test_divergence_names_the_clients(tmp_path: Path) -> None:
     messages = []
     for make in (InlinePools, RayPools):
@@ -291,7 +332,7 @@ def test_closing_ends_pools_that_are_busy(tmp_path: Path) -> None:
     experiment = prepare(tiny(tmp_path, "cluster.pools=2", "train.cohort_size=1"))
     pools = RayPools(experiment)
     handle = pools.publish(experiment.initial_state())
-    tasks = cohort.form(experiment.config, experiment.plan, experiment.population, 0, np.arange(8))
+    tasks = everybodys(experiment)
     phase = pools.execute(tasks, handle)
     next(phase)
     pools.close()

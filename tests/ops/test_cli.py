@@ -207,8 +207,9 @@ NUMBERS = {"last_exit", "exit_mean"}
 
 
 def check_accuracy(block: dict[str, Any]) -> None:
-    assert block.keys() == {"global", "local", "worst", "levels"}
+    assert block.keys() == {"global", "local", "worst", "personal", "levels"}
     assert len(block["levels"]) == LEVELS
+    assert block["personal"] is None
     for entry in (block["global"], block["local"], block["worst"], *block["levels"]):
         assert entry.keys() == NUMBERS
         assert all(0 <= value <= 1 for value in entry.values())

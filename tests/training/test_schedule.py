@@ -23,5 +23,11 @@ def test_cosine_starts_at_lr_and_halves_in_the_middle() -> None:
     assert rates[-1] > 0
 
 
+def test_exponential_falls_after_every_round() -> None:
+    train = TrainConfig(lr=0.1, schedule="exponential", gamma=0.998)
+    assert learning_rate(train, 0, 1000) == 0.1
+    assert learning_rate(train, 999, 1000) == pytest.approx(0.1 * 0.998**999)
+
+
 def test_constant() -> None:
     assert learning_rate(TrainConfig(lr=0.3), 7, 9) == 0.3

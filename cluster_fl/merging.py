@@ -1,0 +1,137 @@
+"""From a round's cohorts to the next weights: one pass over the clients' updates, or several.
+
+A merge is a generator of phases. It yields the tasks that it wants run and the state that they read, gets their
+results, and returns what the round came to. Whoever drives it decides where tasks run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cluster_fl.aggregation.nested import CoverageMean, Mean
+from cluster_fl.aggregation.server import ServerStep, server_step
+from cluster_fl.config import Config
+from cluster_fl.errors import RunError
+from cluster_fl.nesting.plan import Plan, State
+from cluster_fl.rounds import Round
+from cluster_fl.training.cohort import Cohort, CohortReport, CohortResult
+from cluster_fl.training.worker import Task
+
+
+def itself(result: Any) -> Any:
+    return result
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Tasks that may run side by side, all reading ``state``.
+
+    ``take`` is called with each result as it arrives; the merge gets what it returns, in the order of the
+    tasks. So sums need not be held until all are there.
+    """
+
+    name: str
+    tasks: Sequence[Task[Any]]
+    state: Mapping[str, np.ndarray]
+    take: Callable[[Any], Any] = itself
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a round came to. ``personal`` is what its clients keep, by client."""
+
+    state: State
+    memory: State
+    reports: list[CohortReport]
+    personal: dict[int, State] = field(default_factory=dict)
+
+
+Phases = Generator[Phase, list[Any], Merged]
+
+
+class Merge(ABC):
+    """How a method merges a round. ``keeps_updates``: pools keep the clients' updates for further passes."""
+
+    keeps_updates = False
+
+    def initial(self, state: State) -> State:
+        """The server's memory before round 0."""
+        return {}
+
+    @abstractmethod
+    def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases: ...
+
+
+@dataclass(frozen=True)
+class Streaming(Merge):
+    """One pass: every cohort sends one sum, and the server step makes the next weights of their mean."""
+
+    step: ServerStep
+
+    def initial(self, state: State) -> State:
+        return self.step.initial(state)
+
+    def sent(self, round: Round) -> State:
+        """What the round's clients start from."""
+        published = self.step.published(round.memory)
+        return round.state | published if published else round.state
+
+    def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
+        collected = yield from collect(round, cohorts, self.sent(round))
+        state, memory = self.step.apply(round.state, collected.mean, collected.extra, round.memory)
+        return Merged(state, memory, collected.reports, collected.personal)
+
+
+def streaming(config: Config, plan: Plan) -> Merge:
+    """The merge of most methods, with the configured server step."""
+    return Streaming(server_step(config))
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the training of a round brought. ``extra``: sums of what clients sent besides, by the state's key."""
+
+    mean: Mean
+    extra: dict[str, np.ndarray]
+    reports: list[CohortReport]
+    personal: dict[int, State]
+
+
+def collect(
+    round: Round, cohorts: Sequence[Cohort], published: Mapping[str, np.ndarray]
+) -> Generator[Phase, list[Any], Collected]:
+    """Trains the cohorts.
+
+    Raises:
+        RunError: training diverged on a client.
+    """
+    mean, extra = CoverageMean(round.state), CoverageMean(round.state)
+    personal: dict[int, State] = {}
+
+    def take(result: CohortResult) -> CohortReport:
+        mean.add(result.partial)
+        if result.extra is not None:
+            extra.add(result.extra)
+        personal.update(result.personal)
+        return result.report
+
+    reports: list[CohortReport] = yield Phase("train", cohorts, published, take)
+    _stop_on_divergence(reports, round.number)
+    unit = cohorts[0].extra_weight if cohorts else 1.0
+    sums = {key: total / unit for key, total in extra.sums().items()}
+    return Collected(mean.result(), sums, reports, personal)
+
+
+def _stop_on_divergence(reports: Sequence[CohortReport], number: int) -> None:
+    refused = sorted(client for report in reports for client in report.refused)
+    if refused:
+        raise RunError(
+            f"round {number}: training diverged on client{'s' if len(refused) > 1 else ''} "
+            f"{', '.join(map(str, refused))} (weights not finite or changed by over 2048); lower train.lr "
+            "or set train.clip_norm."
+        )
