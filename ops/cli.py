@@ -76,6 +76,18 @@ def _plan(args: argparse.Namespace) -> int:
     return plan(args)
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from ops.compare import compare
+
+    return compare(args)
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from ops.commands import methods
+
+    return methods(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cluster-fl", description="Simulates heterogeneous federated learning with nested submodels."
@@ -108,6 +120,27 @@ def _parser() -> argparse.ArgumentParser:
         ("RUN_DIR", "the run's folder, and overrides of cluster.* and checkpoint.*"),
         debug=True,
     )
+    _add(
+        commands,
+        "compare",
+        _compare,
+        "Run several methods on the same population and seeds, and print one table.",
+        "cluster-fl compare configs/compare_digits.yaml compare.seeds=[0,1,2]",
+        ("CONFIG", "YAML files with a section `compare`, and key=value overrides"),
+        json=True,
+        debug=True,
+        table=True,
+    )
+    _add(
+        commands,
+        "methods",
+        _methods,
+        "List the methods, their variants and their options.",
+        "cluster-fl methods scalefl",
+        ("NAME", "methods; all of them when none is named"),
+        json=True,
+        nargs="*",
+    )
     return parser
 
 
@@ -120,15 +153,19 @@ def _add(
     argument: tuple[str, str],
     json: bool = False,
     debug: bool = False,
+    table: bool = False,
+    nargs: str = "+",
 ) -> None:
     parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
     metavar, help_text = argument
-    parser.add_argument("words", metavar=metavar, nargs="+", help=help_text)
+    parser.add_argument("words", metavar=metavar, nargs=nargs, help=help_text)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     if json:
         parser.add_argument("--json", action="store_true", help="print JSON for machines")
     if debug:
         parser.add_argument("--debug", action="store_true", help="one pool in this process, without Ray")
+    if table:
+        parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table as Markdown too")
     parser.set_defaults(command=command)
 
 

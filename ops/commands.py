@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import MISSING, Field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from actors.events import Event, Finished
 from cluster_fl import experiment
+from cluster_fl import methods as registry
 from cluster_fl.compose import INCIDENTAL, compose
-from cluster_fl.config import Config, DataConfig
+from cluster_fl.config import ClusterConfig, Config, DataConfig
 from cluster_fl.data import datasets
 from cluster_fl.errors import RunError, UserError
 from cluster_fl.records import RunFolder
@@ -31,8 +32,12 @@ class Runner(Protocol):
     def stop(self) -> int: ...
 
 
+# (configuration, folder, whether to go on with what is there) -> the driver of a run.
+MakeRunner = Callable[[Config, RunFolder, bool], Runner]
+
+
 def run(args: argparse.Namespace) -> int:
-    config = _absolute(compose(*split_words(args.words)))
+    config = absolute(compose(*split_words(args.words)))
     folder = RunFolder(Path(config.run.root) / (config.run.name or _name(config, args.words)))
     folder.refuse_existing()
     return _drive(config, folder, args, resume=False)
@@ -65,9 +70,41 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def methods(args: argparse.Namespace) -> int:
+    described = [_describe(name) for name in args.words or registry.NAMES]
+    if args.json:
+        print(json.dumps(described, indent=2))
+    elif not args.quiet:
+        tables.show_methods(described)
+    return 0
+
+
+def _describe(name: str) -> dict[str, Any]:
+    """A method's name, title, what each variant presets, and its options."""
+    method = registry.get(name)
+    return {
+        "name": name,
+        "title": method.title,
+        "variants": {variant: dict(preset) for variant, preset in method.variants.items()},
+        "options": [_describe_option(spec) for spec in fields(method.options)],
+    }
+
+
+def _describe_option(spec: Field[Any]) -> dict[str, Any]:
+    made = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+    limits = {key: spec.metadata.get(key) for key in ("low", "above", "high")}
+    return {
+        "name": spec.name,
+        "default": made,
+        "about": spec.metadata.get("about", ""),
+        "choices": list(spec.metadata.get("choices", ())),
+        **limits,
+    }
+
+
 def _drive(config: Config, folder: RunFolder, args: argparse.Namespace, resume: bool) -> int:
     with ExitStack() as stack:
-        runner = _runner(stack, config, folder, args.debug, resume)
+        runner = connect(stack, config.cluster, args.debug)(config, folder, resume)
         screen = stack.enter_context(Screen(config.rounds, args.quiet))
         try:
             for event in runner.run():
@@ -88,16 +125,17 @@ def _drive(config: Config, folder: RunFolder, args: argparse.Namespace, resume: 
     return 0
 
 
-def _runner(stack: ExitStack, config: Config, folder: RunFolder, debug: bool, resume: bool) -> Runner:
+def connect(stack: ExitStack, cluster: ClusterConfig, debug: bool) -> MakeRunner:
+    """Where runs happen until the stack ends: on a Ray cluster, or with ``debug`` in this process."""
     if debug:
         from actors.driver import Driver
         from actors.pools import InlinePools
 
-        return Driver(config, folder, InlinePools, resume)
+        return lambda config, folder, resume: Driver(config, folder, InlinePools, resume)
     from actors.session import Session, connected
 
-    stack.enter_context(connected(config.cluster))
-    return Session(config, folder, resume)
+    stack.enter_context(connected(cluster))
+    return Session
 
 
 def _show(args: argparse.Namespace, folder: RunFolder, summary: dict[str, Any]) -> None:
@@ -113,7 +151,7 @@ def split_words(arguments: list[str]) -> tuple[list[str], list[str]]:
     return files, [a for a in arguments if "=" in a]
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """Paths as the user meant them, wherever the driver runs."""
     data: DataConfig = replace(config.data, root=os.path.abspath(config.data.root))
     return replace(config, data=data, run=replace(config.run, root=os.path.abspath(config.run.root)))

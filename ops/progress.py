@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from actors.events import Event, Planned, RoundDone, Working
+from ops.accuracy import NAMES, last_exit
 
 
 class Screen:
@@ -101,7 +102,7 @@ class Screen:
 
 
 def _accuracy(block: dict[str, Any]) -> str:
-    shown = ((name, block[name]["last_exit"]) for name in ("global", "local", "worst"))
+    shown = ((name, last_exit(block, name)) for name in NAMES)
     return "  ".join(f"{name} {value:.1%}" for name, value in shown if value is not None)
 
 
