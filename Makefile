@@ -16,7 +16,7 @@ quickstart: install
 	$(BIN)/cluster-fl run configs/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -179,6 +179,8 @@ class Driver:
         return (yield from self._accuracy(number, progress, judges, "held_out"))
 
     def _accuracy(self, number: int, progress: Progress, clients: np.ndarray, part: str) -> Step[Record]:
+        if not any(len(getattr(self._population.shares, part)[client]) for client in clients):
+            return evaluation.accuracy(self._plan, [])
         made, round = self._experiment, self._view(number, progress)
         served = made.rule.serve(round)
         collect = evaluation.collections(round, served)

@@ -56,8 +56,11 @@ def fixed(round: Round) -> np.ndarray:
 def dynamic(round: Round) -> np.ndarray:
     """Each participant draws its level anew, by ``levels.shares`` (HeteroFL's dynamic mode)."""
     count = len(round.plan.levels)
-    shares = round.config.levels.shares if count > 1 else None
-    draws = [_rng(round, client).choice(count, p=shares) for client in round.participants]
+    shares = np.asarray(
+        round.config.levels.shares if count > 1 and round.config.levels.shares else [1.0] * count
+    )
+    # numpy wants a sum nearer to 1 than what a user writes.
+    draws = [_rng(round, client).choice(count, p=shares / shares.sum()) for client in round.participants]
     return np.array(draws, dtype=np.int64) + 1
 
 

@@ -334,6 +334,9 @@ def _check_together(config: Config) -> None:
     if config.train.correction.name == "feddyn" and config.server.optimizer != "none":
         right = "must be none with train.correction.name=feddyn, which has a server step of its own."
         raise UserError("server.optimizer", config.server.optimizer, right)
+    if config.train.correction.name == "feddyn" and config.server.lr != 1:
+        right = "must be 1 with train.correction.name=feddyn, which has a server step of its own."
+        raise UserError("server.lr", config.server.lr, right)
     if config.train.correction.name == "feddyn" and config.aggregation.weights != "uniform":
         right = "must be uniform with train.correction.name=feddyn."
         raise UserError("aggregation.weights", config.aggregation.weights, right)

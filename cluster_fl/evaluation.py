@@ -30,7 +30,6 @@ from cluster_fl.training.worker import Worker
 # Small enough to balance two pools, large enough that a call's overhead does not show.
 SAMPLES_PER_TASK = 500
 BATCHES_PER_TASK = 50
-CLIENTS_PER_TASK = 4  # a personal model may have to be trained first
 
 PERSONAL = 0  # where a level's number stands otherwise
 
@@ -83,49 +82,45 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class EvaluatePersonal:
-    """Runs clients' personal models over their own ``held_out`` or ``test`` parts.
+    """Runs one client's personal model, which may have to be trained first, over its ``held_out`` or ``test`` part.
 
     Attributes:
-        levels, submodels, statistics: of the model that each client's own is made from.
-        personal: what each client kept from its last participation.
+        level, submodel, statistics: of the model that the client's own is made from.
+        personal: what the client kept from its last participation.
     """
 
     round: int
-    clients: tuple[int, ...]
-    levels: tuple[int, ...]
-    submodels: tuple[Submodel, ...]
-    personal: tuple[State, ...]
+    client: int
+    level: int
+    submodel: Submodel
+    personal: State
     part: str
     work: float
-    statistics: Mapping[int, Statistics]
+    statistics: Statistics | None
     home: None = None
 
-    def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Counts:
-        hits = [self._answer(worker, state, i) for i in range(len(self.clients))]
-        exits = max((h.shape[1] for h in hits), default=1)
-        # Clients may answer at different numbers of exits: a column a client lacks repeats its last one.
-        correct = np.array([np.pad(h.sum(0), (0, exits - h.shape[1]), mode="edge") for h in hits])
-        samples = np.array([len(h) for h in hits])
-        return Counts(PERSONAL, self.clients, correct.reshape(len(hits), exits), samples)
+    @property
+    def clients(self) -> tuple[int, ...]:
+        return (self.client,)
 
-    def _answer(self, worker: Worker, state: Mapping[str, np.ndarray], i: int) -> np.ndarray:
-        client, level, submodel = self.clients[i], self.levels[i], self.submodels[i]
-        model = _model(worker, level, submodel, state, self.statistics.get(level))
-        holding = worker.plan.holding(level, submodel)
+    def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Counts:
+        model = _model(worker, self.level, self.submodel, state, self.statistics)
+        holding = worker.plan.holding(self.level, self.submodel)
         context = Context(
             worker=worker,
             round=self.round,
-            client=client,
-            level=worker.plan.level(level),
-            submodel=submodel,
+            client=self.client,
+            level=worker.plan.level(self.level),
+            submodel=self.submodel,
             holding=holding,
             received=holding.gather(state),
             state=state,
-            personal=self.personal[i],
-            generator=torch_generator(worker.config.seed, Purpose.EVALUATE, self.round, client),
+            personal=self.personal,
+            generator=torch_generator(worker.config.seed, Purpose.EVALUATE, self.round, self.client),
         )
         answer = worker.program.personalise(model, context)
-        return right_answers(answer, worker, getattr(worker.shares, self.part)[client])
+        hits = right_answers(answer, worker, getattr(worker.shares, self.part)[self.client])
+        return Counts(PERSONAL, self.clients, hits.sum(axis=0, keepdims=True), np.array([len(hits)]))
 
 
 @dataclass(frozen=True)
@@ -187,23 +182,19 @@ def personal_evaluations(
         return []
     plan, shares = round.plan, round.population.shares
     tasks = []
-    for start in range(0, len(clients), CLIENTS_PER_TASK):
-        who = tuple(int(c) for c in clients[start : start + CLIENTS_PER_TASK])
-        levels = tuple(program.personal_level(int(plan.level_of[c])) for c in who)
-        work = sum(
-            (len(getattr(shares, part)[c]) + len(shares.train[c])) * plan.level(level).cost.macs
-            for c, level in zip(who, levels, strict=True)
-        )
+    for client in map(int, clients):
+        level = program.personal_level(int(plan.level_of[client]))
+        samples = len(getattr(shares, part)[client]) + len(shares.train[client])
         tasks.append(
             EvaluatePersonal(
                 round=round.number,
-                clients=who,
-                levels=levels,
-                submodels=tuple(served[level - 1] for level in levels),
-                personal=tuple(round.personal(c) for c in who),
+                client=client,
+                level=level,
+                submodel=served[level - 1],
+                personal=round.personal(client),
                 part=part,
-                work=float(work),
-                statistics={level: statistics[level] for level in set(levels) & statistics.keys()},
+                work=float(samples * plan.level(level).cost.macs),
+                statistics=statistics.get(level),
             )
         )
     return tasks

@@ -63,6 +63,7 @@ class Experiment:
         """
         digest = hashlib.sha256(json.dumps(self.plan.as_json(), sort_keys=True).encode())
         digest.update(np.ascontiguousarray(self.plan.level_of).tobytes())
+        digest.update(np.ascontiguousarray(self.population.tier_of).tobytes())
         shares = self.population.shares
         for rows in (*shares.train, *shares.held_out, *shares.test):
             digest.update(np.ascontiguousarray(rows).tobytes() + b"|")
@@ -88,7 +89,10 @@ def prepare(config: Config) -> Experiment:
     population = Population(
         shares, tier_of, Devices.by_level(config.time, tier_of, level_count(config.levels))
     )
-    return Experiment(config, dataset, plan, population)
+    experiment = Experiment(config, dataset, plan, population)
+    for part in ("program", "allocation", "rule", "merge"):
+        getattr(experiment, part)  # what cannot be combined is told before anything is written
+    return experiment
 
 
 def tiers(config: Config) -> np.ndarray:

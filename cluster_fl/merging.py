@@ -89,7 +89,7 @@ class Streaming(Merge):
 
 def streaming(config: Config, plan: Plan) -> Merge:
     """The merge of most methods, with the configured server step."""
-    return Streaming(server_step(config))
+    return Streaming(server_step(config, plan))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cluster_fl.compose import compose, fingerprint, to_yaml
@@ -61,19 +61,26 @@ class ClientStates:
 
     def load(self, client: int, round: int) -> dict[str, np.ndarray]:
         """Raises RunError if the file is missing or damaged."""
+        file = self._file(client, round)
         try:
-            arrays: dict[str, np.ndarray] = load_file(self._file(client, round))
+            with safe_open(str(file), framework="np") as opened:
+                names = opened.keys()
+                arrays: dict[str, np.ndarray] = {name: opened.get_tensor(name) for name in names}
+                expected = (opened.metadata() or {}).get("sha256")
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self._file(client, round)} is missing or damaged ({error}).") from None
+            raise RunError(f"{file} is missing or damaged ({error}).") from None
+        if expected != weights_sha256(arrays):
+            raise RunError(f"{file} is damaged: it does not match its checksum.")
         return arrays
 
     def save(self, client: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
         file = self._file(client, round)
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.{os.getpid()}")
-        save_arrays(draft, arrays)
+        save_arrays(draft, arrays, {"sha256": weights_sha256(arrays)})
         os.replace(draft, file)
-        _sync(file.parent)
+        for folder in (file.parent, self.path, self.path.parent):
+            _sync(folder)
 
     def sha256(self, clients: Mapping[int, int]) -> str | None:
         """Hash of all clients' states in client order; None if nobody keeps any."""
@@ -84,19 +91,23 @@ class ClientStates:
             digest.update(weights_sha256(self.load(client, clients[client])).encode())
         return digest.hexdigest()
 
-    def prune(self, kept: Sequence[Mapping[int, int]]) -> None:
-        """Removes the files that no checkpoint names; ``kept`` is the ``clients`` of each."""
+    def prune(self, kept: Sequence[Mapping[int, int]], rounds: int) -> None:
+        """Removes the files of the first ``rounds`` rounds that no checkpoint names.
+
+        Later ones may be of a round that is not complete. ``kept`` is the ``clients`` of each checkpoint.
+        """
         wanted = {self._file(client, at) for clients in kept for client, at in clients.items()}
         for file in self.path.glob("*/*round-*"):
-            if file not in wanted:
+            at = int(file.name.partition("round-")[2].partition(".")[0])
+            if file not in wanted and at < rounds:
                 file.unlink()
 
     def _file(self, client: int, round: int) -> Path:
         return self.path / f"{client:06d}" / f"round-{round:05d}.safetensors"
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
     _sync(path)
 
 
@@ -202,7 +213,7 @@ class RunFolder:
         abandoned = folder.glob(".round-*")  # drafts of processes that were killed
         for old in (*self._checkpoints()[: -config.checkpoint.keep], *abandoned):
             shutil.rmtree(old)
-        self.clients.prune([self._meta(kept)["clients"] for kept in self._checkpoints()])
+        self.clients.prune([self._named(kept) for kept in self._checkpoints()], progress.rounds)
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -247,6 +258,14 @@ class RunFolder:
         meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
         # JSON's keys are strings.
         return meta | {"clients": {int(client): int(at) for client, at in meta["clients"].items()}}
+
+    def _named(self, checkpoint: Path) -> dict[int, int]:
+        """The client states that a checkpoint names; none if it is damaged, since it is of no use then."""
+        try:
+            clients: dict[int, int] = self._meta(checkpoint)["clients"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+        return clients
 
     def rewind(self, rounds: int) -> None:
         """Cuts ``rounds.jsonl`` back to the first ``rounds`` rounds."""

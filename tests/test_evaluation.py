@@ -413,9 +413,7 @@ def test_who_keeps_its_levels_model_answers_as_its_level(
     worker: Worker,
     state: State,
     statistics: dict[int, evaluation.Statistics],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluation, "CLIENTS_PER_TASK", 1)
     parts = personal_parts(experiment, state, Same(), statistics)
     parts += [task.run(worker, state) for task in table(experiment, range(CLIENTS), "test", statistics)]
     block = accuracy(experiment.plan, parts)

@@ -115,7 +115,7 @@ def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("broken", ["os.replace", "save_file", "_write"])
+@pytest.mark.parametrize("broken", ["os.replace", "save_file", "write_text"])
 def test_an_interrupted_save_leaves_the_one_before(
     folder: RunFolder, config: Config, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -199,8 +199,14 @@ def test_damaged_meta(folder: RunFolder, config: Config, text: str) -> None:
 def test_a_missing_file(folder: RunFolder, config: Config, name: str) -> None:
     folder.save(config, progress(1))
     (folder.path / "checkpoints" / "round-00001" / name).unlink()
-    with pytest.raises(RunError, match=r"round-00001.*damaged"):
+    with pytest.raises(RunError, match=r"round-00001.*remove it to go on from the one before"):
         folder.load(config)
+
+
+def test_a_server_without_memory_writes_none(folder: RunFolder, config: Config) -> None:
+    folder.save(config, Progress(1, STATE))
+    assert content(folder.path / "checkpoints") == ["round-00001/meta.json", "round-00001/state.safetensors"]
+    assert same(folder.load(config), Progress(1, STATE))
 
 
 def test_the_one_before_is_good_once_a_damaged_one_is_removed(folder: RunFolder, config: Config) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cluster_fl.aggregation.nested import Mean, moved
 from cluster_fl.config import Config, ServerConfig
-from cluster_fl.nesting.plan import State
+from cluster_fl.nesting.plan import Plan, State
 
 # In the memory, before a tensor's key. The variate is the one that is published.
 FIRST, SECOND, DYNAMIC, CONTROL = "first/", "second/", "dynamic/", "control/"
@@ -142,11 +142,40 @@ class Controlled(ServerStep):
         return state, rest | controls
 
 
-def server_step(config: Config) -> ServerStep:
+@dataclass(frozen=True)
+class OnParameters(ServerStep):
+    """A step for what is trained; what is measured (running statistics) becomes its plain mean.
+
+    ``measured``: keys of the latter.
+    """
+
+    inner: ServerStep
+    measured: frozenset[str]
+
+    def initial(self, state: State) -> State:
+        return self.inner.initial({key: a for key, a in state.items() if key not in self.measured})
+
+    def published(self, memory: State) -> State:
+        return self.inner.published(memory)
+
+    def apply(
+        self, state: State, mean: Mean, extra: Mapping[str, np.ndarray], memory: State
+    ) -> tuple[State, State]:
+        trained = {key: update for key, update in mean.updates.items() if key not in self.measured}
+        rest = {key: update for key, update in mean.updates.items() if key in self.measured}
+        after, memory = self.inner.apply(state, replace(mean, updates=trained), extra, memory)
+        return moved(after, rest), memory
+
+
+def server_step(config: Config, plan: Plan) -> ServerStep:
     """The step that ``server`` and ``train.correction`` name."""
-    name = config.train.correction.name
-    if name == "feddyn":
+    name, step = config.train.correction.name, _step(config)
+    if name == "scaffold":
+        step = Controlled(step, config.clients.count)
+    return OnParameters(step, plan.measured) if plan.measured else step
+
+
+def _step(config: Config) -> ServerStep:
+    if config.train.correction.name == "feddyn":
         return FedDyn(config.train.correction.alpha, config.clients.count)
-    adaptive = config.server.optimizer != "none"
-    step: ServerStep = Adaptive(config.server) if adaptive else Move(config.server.lr)
-    return Controlled(step, config.clients.count) if name == "scaffold" else step
+    return Move(config.server.lr) if config.server.optimizer == "none" else Adaptive(config.server)

@@ -7,7 +7,7 @@ The engine and the driver only ever see these parts: nothing outside ``methods/`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from cluster_fl.assignment import Allocation, SubmodelRule, allocation, planned
 from cluster_fl.config import Config
+from cluster_fl.errors import UserError
 from cluster_fl.merging import Merge, streaming
 from cluster_fl.models.spec import ModelSpec
 from cluster_fl.nesting.plan import Plan
@@ -63,6 +64,13 @@ class Method:
 def always(**preset: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The same preset for every variant: for methods whose paper and code do not differ in it."""
     return dict.fromkeys(VARIANTS, preset)
+
+
+def check_correction(config: Config, allowed: Sequence[str], why: str) -> None:
+    """Raises UserError unless ``train.correction.name`` is one of ``allowed``."""
+    name = config.train.correction.name
+    if name not in allowed:
+        raise UserError("train.correction.name", name, f"must be one of {', '.join(allowed)}: {why}")
 
 
 def sgd(config: Config, plan: Plan, objective: Objective, coverage: Coverage = full_coverage) -> SGD:

@@ -25,5 +25,8 @@ def plan(setting: Setting) -> Plan:
 
 
 METHOD = Method(
-    title="Decoupled (baseline of Ilhan et al., CVPR 2023)", options=Options, plan=plan, program=fedavg.program
+    title="Decoupled (baseline of Ilhan et al., CVPR 2023)",
+    options=Options,
+    plan=plan,
+    program=fedavg.program,
 )

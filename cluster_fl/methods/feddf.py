@@ -115,7 +115,7 @@ class Fusion(Streaming):
 def merge(config: Config, plan: Plan) -> Merge:
     options: Options = config.options
     least = ABOVE_CHANCE / plan.model.classes if options.drop_worst else 0.0
-    return Fusion(server_step(config), options, least)
+    return Fusion(server_step(config, plan), options, least)
 
 
 METHOD = Method(

@@ -32,7 +32,7 @@ import torch
 
 from cluster_fl.config import Config, option
 from cluster_fl.errors import UserError
-from cluster_fl.methods.base import Method, Setting, sgd
+from cluster_fl.methods.base import Method, Setting, check_correction, sgd
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.anatomy import Anatomy
 from cluster_fl.nesting.levels import ratios
@@ -102,6 +102,7 @@ def _restored(
 
 
 def plan(setting: Setting) -> Plan:
+    check_correction(setting.config, ("none", "proximal"), "a variate would not follow the masks.")
     config, model = setting.config.levels, setting.model.with_exits(())
     if config.pairs is not None:
         right = "must be left out: a level is a share of the elements here (levels.ratios)."

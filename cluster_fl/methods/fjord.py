@@ -15,7 +15,6 @@ The released code is the authors' baseline in Flower.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -36,7 +35,7 @@ from cluster_fl.nesting.tracing import state_tensors
 from cluster_fl.training.corrections import Correction, Uncorrected, correction
 from cluster_fl.training.program import Context, Effort, LocalProgram, Tally, Trained, optimiser
 
-# Those that keep no variate: a variate would take a tensor that a draw leaves out for one that stood still.
+# Those without variates, which are made from a tensor's way over all steps: a draw leaves tensors out of some.
 CORRECTIONS = ("none", "proximal")
 
 
@@ -113,7 +112,7 @@ def _within(outer: Index, inner: Index) -> Index:
 
 @dataclass(frozen=True)
 class OrderedDropout(LocalProgram):
-    """SGD whose every batch trains one of the client's widths, each as likely (section 3.2 of the paper).
+    """SGD whose every batch trains one of the client's widths, each as likely.
 
     One optimiser has the client's parameters and the lower levels' own; a step leaves out a tensor that the
     drawn width does not have at all.
@@ -186,7 +185,8 @@ def _effort(plan: Plan, level: Level, distil: bool) -> Effort:
 
 
 def _owned_bytes(plan: Plan, level: Level) -> int:
-    shapes: Mapping[str, tuple[int, ...]] = lengths(plan.anatomy, level.submodel)
+    """Bytes of the tensors that a level has a copy of, float32."""
+    shapes = lengths(plan.anatomy, level.submodel)
     return 4 * sum(prod(shape) for name, shape in shapes.items() if name in level.owned)
 
 

@@ -30,9 +30,10 @@ from cluster_fl.aggregation.nested import Mean
 from cluster_fl.aggregation.server import ServerStep, server_step
 from cluster_fl.assignment import Planned
 from cluster_fl.config import Config, option
+from cluster_fl.errors import UserError
 from cluster_fl.evaluation import right_answers
 from cluster_fl.merging import Merge, Merged, Phases, collect
-from cluster_fl.methods.base import Method, Setting, always, sgd
+from cluster_fl.methods.base import Method, Setting, always, check_correction, sgd
 from cluster_fl.methods.fedavg import full_plan
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.extraction import load, read
@@ -54,6 +55,8 @@ from cluster_fl.training.own import (
 )
 from cluster_fl.training.program import Context, LocalProgram, Trained
 
+CORRECTIONS = ("none", "proximal", "scaffold")
+
 
 @dataclass
 class Options:
@@ -63,6 +66,10 @@ class Options:
 
 
 def plan(setting: Setting) -> Plan:
+    check_correction(setting.config, CORRECTIONS, "FedDyn's server expects the sum of all updates.")
+    if setting.model.norm == "group":
+        right = "must be another policy: what is left of a group's channels need not fall into its groups."
+        raise UserError("model.norm", setting.model.norm, right)
     whole = full_plan(setting)
     check_shared_norms(whole)
     check_own_norms(whole.model.norm)
@@ -167,6 +174,6 @@ METHOD = Method(
     plan=plan,
     program=program,
     rule=lambda config, plan: Own(),
-    merge=lambda config, plan: Intersection(server_step(config)),
+    merge=lambda config, plan: Intersection(server_step(config, plan)),
     variants=always(aggregation={"weights": "samples"}),
 )

@@ -29,7 +29,7 @@ from cluster_fl.config import Config, LevelsConfig, option
 from cluster_fl.errors import UserError
 from cluster_fl.merging import Merge, Streaming
 from cluster_fl.methods import fedavg
-from cluster_fl.methods.base import Method, Setting
+from cluster_fl.methods.base import Method, Setting, check_correction
 from cluster_fl.nesting.anatomy import Anatomy, place
 from cluster_fl.nesting.plan import Level, Plan, State
 from cluster_fl.nesting.splitting import DEPTH, split
@@ -144,8 +144,12 @@ def _of_unit(plan: Plan, level: Level, unit: int) -> Iterable[str]:
 
 def merge(config: Config, plan: Plan) -> Merge:
     options: Options = config.options
-    step = server_step(config)
+    step = server_step(config, plan)
     if options.beta:
+        allowed = ("none", "proximal", "scaffold")
+        check_correction(
+            config, allowed, "FedDyn's server expects updates that are not mixed (options.beta=0)."
+        )
         step = MomentumDistillation(step, options.beta, sources(plan, options.overlap))
     return Streaming(step)
 

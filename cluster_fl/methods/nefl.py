@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster_fl.config import Config, LevelsConfig, level_count, option
+from cluster_fl.config import Config, LevelsConfig, PairConfig, level_count, option
 from cluster_fl.errors import UserError
 from cluster_fl.methods.base import Method, Setting, sgd
 from cluster_fl.methods.nefl_tables import SPLITS
@@ -71,7 +71,7 @@ def _splits(setting: Setting, traced: Anatomy, parts: Sequence[range]) -> Sequen
     """Width and units of every level."""
     config, options, name = setting.config.levels, setting.config.options, setting.model.name
     if config.pairs is not None:
-        return [(p.width, _units(p.keep, p.depth, traced.depth)) for p in config.pairs]
+        return _given(config.pairs, traced.depth)
     if config.ratios is not None or config.budgets is not None:
         if options.split not in ("W", "D", "WD"):
             right = "must be W, D or WD with levels.ratios or levels.budgets."
@@ -96,12 +96,26 @@ def _published(name: str, options: Options, levels: LevelsConfig) -> list[tuple[
     return [(split.width, split.keep) for split in table]
 
 
-def _units(keep: Sequence[int] | None, depth: int | None, units: int) -> Units:
-    if keep is None:
-        return tuple(range(units if depth is None else depth))
-    if not keep or max(keep) >= units:
-        raise UserError("levels.pairs", keep, f"keep must name units from 0 to {units - 1}.")
-    return tuple(sorted(set(keep)))
+def _given(pairs: Sequence[PairConfig], units: int) -> list[tuple[float, Units]]:
+    every = tuple(range(units))
+    splits = [(pair.width, _units(pair, every)) for pair in pairs]
+    width, last = splits[-1]
+    if width < 1 or last != every:
+        right = f"the last level must be the full model: width 1, all {units} units."
+        raise UserError("levels.pairs", f"width {width:g}, {len(last)} units", right)
+    return splits
+
+
+def _units(pair: PairConfig, every: Units) -> Units:
+    if pair.keep is not None and pair.depth is not None:
+        raise UserError("levels.pairs", f"depth {pair.depth}", f"excludes keep ({pair.keep}).")
+    if pair.depth is not None and pair.depth > len(every):
+        raise UserError("levels.pairs", f"depth {pair.depth}", f"there are only {len(every)} units.")
+    if pair.keep is None:
+        return every[: pair.depth]
+    if not pair.keep or max(pair.keep) >= len(every):
+        raise UserError("levels.pairs", pair.keep, f"keep must name units from 0 to {len(every) - 1}.")
+    return tuple(sorted(set(pair.keep)))
 
 
 def _steps(traced: Anatomy, submodel: Submodel) -> Iterable[str]:

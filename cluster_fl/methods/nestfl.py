@@ -34,7 +34,7 @@ from cluster_fl.aggregation.server import server_step
 from cluster_fl.assignment import Allocation
 from cluster_fl.config import Config, PairConfig, option
 from cluster_fl.merging import Phases
-from cluster_fl.methods.base import Method, Setting, always, sgd
+from cluster_fl.methods.base import Method, Setting, always, check_correction, sgd
 from cluster_fl.nesting.importance import chain, numbers
 from cluster_fl.nesting.plan import Level, Plan, State
 from cluster_fl.nesting.splitting import WIDTH, split
@@ -55,6 +55,9 @@ CHAIN = "chain/"
 Chain = dict[int, Submodel]
 
 
+CORRECTIONS = ("none", "proximal", "scaffold")
+
+
 @dataclass
 class Options:
     deadline: float | None = option(
@@ -73,6 +76,7 @@ class Options:
 
 def plan(setting: Setting) -> Plan:
     """Prefixes of the channels: only their shapes matter."""
+    check_correction(setting.config, CORRECTIONS, "FedDyn's server expects the plain sum of all updates.")
     levels = setting.config.levels
     if levels.pairs is None and levels.ratios is None and levels.budgets is None:
         pairs = [PairConfig(width=number / levels.count) for number in range(1, levels.count + 1)]
@@ -171,7 +175,7 @@ def rule(config: Config, plan: Plan) -> Progressive:
 def merge(config: Config, plan: Plan) -> Merging:
     options: Options = config.options
     return Merging(
-        step=server_step(config),
+        step=server_step(config, plan),
         against=options.angle,
         alpha=options.alpha,
         clients=config.clients.count,

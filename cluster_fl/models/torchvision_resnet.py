@@ -22,6 +22,8 @@ from cluster_fl.models.blocks import (
 from cluster_fl.models.layered import Layered
 from cluster_fl.models.pretrained import load_pretrained
 
+STEMS = ("imagenet", "cifar", "cifar_unpooled")
+
 
 def resnet(
     input_shape: tuple[int, int, int],
@@ -43,7 +45,8 @@ def resnet(
             times; otherwise basic blocks.
         widths: of the four stages; the stem has the first's.
         stem: ``imagenet``: 7x7 convolution of stride 2, then 3x3 max pool of stride 2; ``cifar``: 3x3
-            convolution of stride 1, then the same pool (NeFL's small-image variant).
+            convolution of stride 1, then the same pool (NeFL's small-image variant); ``cifar_unpooled``: without
+            the pool.
         pretrained: starts from torchvision's ImageNet weights, all but those of a stem convolution or final
             linear layer of another shape. Not on the meta device, where there are no weights.
 
@@ -51,17 +54,17 @@ def resnet(
         UserError: ``stem`` is neither, ``pretrained`` is no boolean, ``widths`` are not four positive integers
             or not the pre-trained model's, or the weights cannot be had.
     """
-    choose("model.options.stem", str(stem), ("imagenet", "cifar"))
+    choose("model.options.stem", str(stem), STEMS)
     check_widths("model.options.widths", widths, 4)
     if not isinstance(pretrained, bool):
         raise UserError("model.options.pretrained", pretrained, "must be true or false.")
     channels, first = input_shape[0], widths[0]
     large = nn.Conv2d(channels, first, 7, 2, padding=3, bias=False)
-    layers = OrderedDict(
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv=large if stem == "imagenet" else conv3x3(channels, first),
         bn=nn.BatchNorm2d(first),
         relu=nn.ReLU(inplace=True),
-        pool=nn.MaxPool2d(3, 2, padding=1),
+        pool=nn.Identity() if stem == "cifar_unpooled" else nn.MaxPool2d(3, 2, padding=1),
     )
     outputs = [4 * width for width in widths] if wide else widths
     units = stages(_wide_block if wide else _block, first, outputs, blocks)

@@ -98,6 +98,16 @@ class Plan:
         """Answers depend on what else is in the batch, in evaluation too."""
         return self.batch_norms and self.model.norm == "batch"
 
+    @cached_property
+    def measured(self) -> frozenset[str]:
+        """Keys of what the state holds without being trained: running statistics."""
+        return frozenset(
+            self.key(level.number, name)
+            for level, index in zip(self.levels, self._indices, strict=True)
+            for name in index
+            if name not in self.anatomy.parameters
+        )
+
     def level(self, number: int) -> Level:
         return self.levels[number - 1]
 

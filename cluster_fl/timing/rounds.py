@@ -47,7 +47,7 @@ def round_cost(round: Round, assignments: Sequence[Assignment], program: LocalPr
 
 
 def _size(plan: Plan, assignment: Assignment, known: dict[Submodel, tuple[int, int]]) -> tuple[int, int]:
-    """MACs of a forward and bytes of the submodel, other levels' tensors that travel with it included."""
+    """MACs of a forward, and bytes of the submodel."""
     level, shape = plan.level(assignment.level), assignment.submodel.shape
     if shape not in known:
         own = level.cost if shape == level.submodel.shape else cost(plan.anatomy, assignment.submodel)

@@ -26,7 +26,7 @@ from cluster_fl.training.worker import Worker
 class CohortReport:
     """What the clients of a cohort reported, in their order.
 
-    ``refused`` are clients whose update was not finite or out of range; they are not in the sum.
+    ``refused`` are clients who sent something that was not finite or out of range, which is in no sum.
     """
 
     clients: tuple[int, ...]
@@ -106,7 +106,9 @@ class Cohort:
             if done.extra:
                 sent = _only(update.holding, done.extra)
                 extra = extra or self.empty(worker, state, frozenset(done.extra))
-                extra.add(sent, {n: a.astype(np.float64) for n, a in done.extra.items()}, self.extra_weight)
+                changes = {n: a.astype(np.float64) for n, a in done.extra.items()}
+                if not extra.add(sent, changes, self.extra_weight):
+                    refused.append(member.client)
         if self.keep:
             worker.keep(self.round, self.number, kept)
         losses, steps = tuple(t.loss for t in trained), tuple(t.steps for t in trained)

@@ -32,18 +32,18 @@ class Ended:
     personal: State | None = None
 
 
-End = Callable[[nn.Module, float], Ended]
+# From the trained module, the distance of its steps, and what the client speaks for, by tensor name.
+End = Callable[[nn.Module, float, Mapping[str, np.ndarray]], Ended]
 
 
-def nothing(model: nn.Module, distance: float) -> Ended:
+def nothing(model: nn.Module, distance: float, coverage: Mapping[str, np.ndarray]) -> Ended:
     return Ended()
 
 
 class Drift:
     """The correction of one client's round.
 
-    ``offsets`` are arrays by tensor name. ``end`` is called with the trained module and the distance of its
-    steps (their number times the learning rate; 0 if there was none).
+    ``offsets`` are arrays by tensor name.
     """
 
     def __init__(
@@ -67,8 +67,15 @@ class Drift:
             if parameter.grad is not None:
                 parameter.grad.add_(offset)
 
-    def end(self, distance: float) -> Ended:
-        return self._end(self._model, distance)
+    def end(self, distance: float, coverage: Mapping[str, np.ndarray]) -> Ended:
+        """After training.
+
+        Args:
+            distance: number of steps times the learning rate; 0 if there was none.
+            coverage: as in :class:`Trained`; a variate changes only where the client speaks for the element, as
+                the server's does.
+        """
+        return self._end(self._model, distance, coverage)
 
 
 class Correction(ABC):
@@ -111,11 +118,14 @@ class Scaffold(Correction):
         held, own = context.holding, _held_variate(model, context)
         control = {name: context.state[CONTROL + held.keys[name]][held.where[name]] for name in own}
 
-        def end(trained: nn.Module, distance: float) -> Ended:
+        def end(trained: nn.Module, distance: float, coverage: Mapping[str, np.ndarray]) -> Ended:
             if not distance:
                 return Ended()
             moved = _moved(trained, context)
-            change = {name: -moved[name] / np.float32(distance) - control[name] for name in own}
+            change = {
+                name: _spoken(-moved[name] / np.float32(distance) - control[name], name, coverage)
+                for name in own
+            }
             return Ended(change, _kept_variate(context, change))
 
         return Drift(model, offsets={name: control[name] - own[name] for name in own}, end=end)
@@ -135,9 +145,10 @@ class DynamicRegularisation(Correction):
     def begin(self, model: nn.Module, context: Context) -> Drift:
         own = _held_variate(model, context)
 
-        def end(trained: nn.Module, distance: float) -> Ended:
+        def end(trained: nn.Module, distance: float, coverage: Mapping[str, np.ndarray]) -> Ended:
             change = {
-                name: np.float32(-self.alpha) * moved for name, moved in _moved(trained, context).items()
+                name: _spoken(np.float32(-self.alpha) * moved, name, coverage)
+                for name, moved in _moved(trained, context).items()
             }
             return Ended(personal=_kept_variate(context, change))
 
@@ -152,6 +163,10 @@ def correction(config: CorrectionConfig) -> Correction:
         "scaffold": Scaffold(),
         "feddyn": DynamicRegularisation(config.alpha),
     }[config.name]
+
+
+def _spoken(change: np.ndarray, name: str, coverage: Mapping[str, np.ndarray]) -> np.ndarray:
+    return change * coverage[name].astype(np.float32) if name in coverage else change
 
 
 def _held_variate(model: nn.Module, context: Context) -> State:

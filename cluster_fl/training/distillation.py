@@ -186,7 +186,8 @@ def _accuracy(worker: Worker, model: Layered, round: int) -> float:
     """On all clients' held-out samples together, in an order that mixes clients."""
     pooled = np.concatenate(worker.shares.held_out)
     rows = generator(worker.config.seed, Purpose.DISTIL, round).permutation(pooled)
-    found = answers(worker, model, rows, worker.config.evaluate.batch_size).argmax(1)
+    size = max(worker.config.evaluate.batch_size, _smallest(worker))
+    found = answers(worker, model, rows, size).argmax(1)
     return float((found == worker.data.batch(rows)[1]).double().mean())
 
 

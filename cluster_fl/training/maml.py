@@ -82,8 +82,8 @@ class Meta(LocalProgram):
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 steps.step()
                 tally.add(loss, len(group[1][1]))
-        ended = drift.end(tally.steps * learning_rate(config, context.round, inner.rounds))
         coverage = inner.coverage(context, model)
+        ended = drift.end(tally.steps * learning_rate(config, context.round, inner.rounds), coverage)
         return Trained(tally.loss, tally.steps, coverage=coverage, extra=ended.extra, personal=ended.personal)
 
     def descend(

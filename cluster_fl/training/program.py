@@ -146,7 +146,10 @@ class LocalProgram(ABC):
         """``model`` holds what the client received, in train mode, and afterwards what it trained."""
 
     def deploy(self, model: Layered, level: Level) -> None:  # noqa: B027 - most models answer as they are
-        """Changes a level's freshly loaded model into the one that answers for the level, in place."""
+        """Changes a level's freshly loaded weights into those that answer for the level, in place.
+
+        The module is the pool's own: only its tensors' values may change.
+        """
 
     def personal_level(self, own: int) -> int:
         """The level whose model :meth:`personalise` starts from, for a client of level ``own``."""
@@ -155,7 +158,8 @@ class LocalProgram(ABC):
     def personalise(self, model: Layered, context: Context) -> Answer:
         """A client's personal model, in evaluation mode.
 
-        ``model`` is the freshly loaded one of :meth:`personal_level`, in evaluation mode; it may be changed.
+        ``model`` is the freshly loaded one of :meth:`personal_level`, in evaluation mode, and the pool's own: only
+        its tensors' values may change.
         """
         return model
 
@@ -242,6 +246,6 @@ class SGD(LocalProgram):
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 steps.step()
                 tally.add(loss, len(y))
-        ended = drift.end(tally.steps * learning_rate(config, context.round, self.rounds))
         coverage = self.coverage(context, model)
+        ended = drift.end(tally.steps * learning_rate(config, context.round, self.rounds), coverage)
         return Trained(tally.loss, tally.steps, coverage=coverage, extra=ended.extra, personal=ended.personal)

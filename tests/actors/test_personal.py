@@ -242,6 +242,18 @@ def test_stopping_between_rounds_saves_the_clients_too(
     assert outcome(path) == outcome(reference)
 
 
+def test_stopping_inside_a_round_spares_what_the_round_has_kept(
+    tmp_path: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """The round goes on beside `stop` and is committed: its clients' files must still be there."""
+    reference, path = undisturbed(2), tmp_path / "run"
+    driver = Driver(config(tmp_path, "checkpoint.every=2"), RunFolder(path), InlinePools)
+    for event in driver.run():
+        if isinstance(event, Working) and (event.round, event.phase, event.done) == (3, "evaluate", 0):
+            assert driver.stop() == 3
+    assert outcome(path) == outcome(reference)
+
+
 def test_who_keeps_nothing_has_no_hash(tmp_path: Path) -> None:
     run_here(tiny(tmp_path, "rounds=1"), tmp_path / "run")
     assert outcome(tmp_path / "run")[1]["clients_sha256"] is None

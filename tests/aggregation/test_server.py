@@ -18,12 +18,16 @@ from cluster_fl.aggregation.server import (
     Controlled,
     FedDyn,
     Move,
+    OnParameters,
     ServerStep,
     server_step,
 )
-from cluster_fl.config import ServerConfig
-from cluster_fl.nesting.plan import State
-from tests.tiny import tiny
+from cluster_fl.config import Config, ServerConfig
+from cluster_fl.experiment import make_plan
+from cluster_fl.nesting.extraction import read
+from cluster_fl.nesting.plan import Plan, State
+from cluster_fl.records import RunFolder
+from tests.tiny import run_here, tiny
 
 # Of "w", nobody speaks for the last element, and for the one before in the second round alone; of "b" nobody ever.
 STATE = {
@@ -182,6 +186,37 @@ def test_a_variate_stands_beside_moments() -> None:
     assert memory[CONTROL + "w"].tolist() == [0.5] * 4
 
 
+def test_what_is_measured_becomes_its_plain_mean() -> None:
+    """Running statistics: nobody descends along them, and a variance that overshoots is none."""
+    state = STATE | {"var": np.array([1.0, 0.5, -0.0], dtype=np.float32)}
+    found = mean(0)
+    found = Mean(
+        found.updates | {"var": np.array([-0.75, 0.25, 0.0])},
+        found.weights | {"var": np.array([1.0, 0.5, 0.0])},
+        found.total,
+        found.count,
+    )
+    inner = FedDyn(ALPHA, CLIENTS)
+    step = OnParameters(inner, frozenset({"var"}))
+    after, memory = step.apply(state, found, {}, step.initial(state))
+    alone, expected = inner.apply(STATE, mean(0), {}, inner.initial(STATE))
+    assert bits(after) == bits(alone) | {"var": np.array([0.25, 0.75, -0.0], dtype=np.float32).tobytes()}
+    assert bits(memory) == bits(expected)
+
+
+def test_a_variate_is_published_through_it() -> None:
+    step = OnParameters(Controlled(Move(), clients=2), frozenset({"b"}))
+    memory = step.initial(STATE)
+    assert step.published(memory).keys() == {CONTROL + "w"}
+    _, memory = step.apply(STATE, mean(0), {"w": np.ones(4)}, memory)
+    assert memory[CONTROL + "w"].tolist() == [0.5] * 4
+
+
+def digits(folder: Path, *overrides: str) -> tuple[Config, Plan]:
+    config = tiny(folder, *overrides)
+    return config, make_plan(config, ((1, 8, 8), 10))
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -197,4 +232,21 @@ def test_a_variate_stands_beside_moments() -> None:
     ],
 )
 def test_the_configuration_names_the_step(tmp_path: Path, overrides: list[str], expected: ServerStep) -> None:
-    assert server_step(tiny(tmp_path, *overrides)) == expected
+    assert server_step(*digits(tmp_path, *overrides)) == expected
+    config, plan = digits(tmp_path, "model.norm=per_level", *overrides)
+    assert server_step(config, plan) == OnParameters(expected, plan.measured)
+    assert plan.measured == {key for key in plan.initial_state(read(plan.model.build())) if "running_" in key}
+
+
+def test_a_servers_optimizer_leaves_running_statistics_alone(tmp_path: Path) -> None:
+    """After one round they are those of plain averaging, bit for bit; the weights are not."""
+    states = {}
+    for name in ("none", "adam"):
+        everybody = ("clients.per_round=8", "rounds=1", "model.norm=per_level")
+        config = tiny(tmp_path, *everybody, f"server.optimizer={name}")
+        run_here(config, tmp_path / name)
+        progress = RunFolder(tmp_path / name).load(config)
+        assert progress is not None
+        states[name] = progress.state
+    same = {key for key in states["none"] if states["none"][key].tobytes() == states["adam"][key].tobytes()}
+    assert same == {key for key in states["none"] if "running_" in key}

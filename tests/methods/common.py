@@ -18,7 +18,7 @@ from cluster_fl.training.worker import Outcome, Task, Worker
 
 SMALL = """
 rounds: 3
-clients: {count: 8, per_round: 6}
+clients: {count: 6, per_round: 5}
 levels: {ratios: [0.35, 0.65, 1.0], tolerance: 0.25}
 model: {name: resnet14, options: {widths: [4, 8, 16]}}
 data: {name: digits, held_out: 80}
@@ -28,6 +28,8 @@ evaluate: {every: 2}
 
 # What a method cannot do without in this experiment.
 NEEDS: dict[str, tuple[str, ...]] = {
+    "depthfl": ("model.norm_groups=4",),
+    "inclusivefl": ("levels.pairs=[{depth: 2}, {depth: 4}, {}]",),
     "feddf": ("data.public=64", "options.steps=4"),
     "hermes": ("options.threshold=0",),
 }
@@ -70,7 +72,7 @@ class UnrulyPools:
     ) -> Iterator[tuple[int, Outcome[Any]]]:
         for position in self._rng.permutation(len(tasks)):
             at = int(self._rng.integers(self.count))
-            if self._rng.random() < 0.3:
+            if self._rng.random() < 0.2:
                 self._workers[at] = self._new()
             if self._rng.random() < 0.2:
                 self._workers[at].execute(tasks[position], state)

@@ -157,3 +157,11 @@ def test_a_run_of_it_goes_through(tmp_path: Path, ensemble: bool) -> None:
     assert np.isfinite(records[0]["train_loss"])
     blocks = (summary["accuracy"]["global"], summary["accuracy"]["local"], *summary["accuracy"]["levels"])
     assert all(("ensemble" in block) == ensemble for block in blocks)
+
+
+def test_one_depth_without_feddyn_is_fedavg(tmp_path: Path) -> None:
+    common = ("levels.pairs=[{}]", "model.norm=batch", "rounds=2", "aggregation.weights=uniform")
+    depthfl = ("method=depthfl", "train.momentum=0.9", "train.correction.name=none", "options.ensemble=false")
+    run_here(tiny(tmp_path, *common, *depthfl), tmp_path / "depthfl")
+    run_here(tiny(tmp_path, *common, "method=fedavg"), tmp_path / "fedavg")
+    assert outcome(tmp_path / "depthfl") == outcome(tmp_path / "fedavg")

@@ -251,6 +251,23 @@ def test_without_draws_it_is_nefl_of_widths_with_fixed_steps(tmp_path: Path) -> 
     assert summary == reference
 
 
+def test_one_width_is_fedavg(tmp_path: Path) -> None:
+    common = ("levels.pairs=[{}]", "model.norm=batch", "rounds=2", "clients.count=4", "clients.per_round=3")
+    run_here(tiny(tmp_path, *common, "method=fjord"), tmp_path / "fjord")
+    run_here(tiny(tmp_path, *common, "method=fedavg"), tmp_path / "fedavg")
+    assert outcome(tmp_path / "fjord") == outcome(tmp_path / "fedavg")
+
+
+def test_a_part_of_a_part_is_found_whatever_selects_it() -> None:
+    whole = np.arange(60).reshape(10, 6)
+    outer = np.ix_([0, 1, 2, 5, 6, 7], [0, 1, 3, 4])
+    inner = np.ix_([0, 1, 5, 6], [0, 3])
+    found = torch.from_numpy(whole[outer])[fjord._within(outer, inner)]
+    assert found.tolist() == whole[inner].tolist()
+    prefix = (slice(0, 4), slice(0, 2))
+    assert fjord._within((slice(0, 6), slice(0, 4)), prefix) == prefix
+
+
 def test_released_norms_share_their_weights(tmp_path: Path) -> None:
     config = tiny(tmp_path, *FJORD, "variant=released", "rounds=1")
     state = prepare(config).initial_state()

@@ -165,10 +165,10 @@ def test_no_model_by_that_name(name: str) -> None:
         ("preact_1112", {"widths": [8, 8, 8, 0]},
          "model.options.widths=[8, 8, 8, 0]: must be a list of 4 positive integers."),
         ("resnet18", {"stem": "cifra"},
-         "model.options.stem=cifra: must be one of imagenet, cifar. Did you mean cifar?"),
+         "model.options.stem=cifra: must be one of imagenet, cifar, cifar_unpooled. Did you mean cifar?"),
         ("resnet20", {"init": "kaimin"},
          "model.options.init=kaimin: must be one of default, kaiming. Did you mean kaiming?"),
-        ("resnet18", {"stem": 3}, "model.options.stem=3: must be one of imagenet, cifar."),
+        ("resnet18", {"stem": 3}, "model.options.stem=3: must be one of imagenet, cifar, cifar_unpooled."),
     ],
 )  # fmt: skip
 def test_wrong_options(name: str, options: dict[str, object], line: str) -> None:
