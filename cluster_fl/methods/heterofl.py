@@ -12,6 +12,7 @@ training, batch norms are static, and what a client has no sample of, it neither
   the code weights by samples. ``local`` stays the client's own level's model.
 - Static statistics are of the training samples as they are, in batches of ``train.batch_size``, at every evaluation.
   The paper takes them once; the code in every round, of augmented samples.
+- Collecting them costs no simulated time; paper and code do not count it either.
 - The code's results are of the round that was best on the test part; here of the last.
 - Levels: fixed by client number (the code's ``fix``) is ``levels.order=falling``, anew in each round (``dynamic``, the
   paper's tables) is ``levels.draw=dynamic``; both by ``levels.shares``.

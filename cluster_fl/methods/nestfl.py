@@ -20,7 +20,8 @@ formula and no number, and there is no code. What we decided:
   one again. A client that never took part answers with its level's model.
 - Norms use the batch's statistics. A level's own norms would not follow its changing channels and are refused, as are
   static ones, which nobody collects for clients' own models.
-- A bit a channel tells a client which ones it gets, whenever the chain is new; the full model needs none.
+- A bit a channel tells a client which ones it gets, whenever the chain is new; the full model needs none. With chains
+  that last for k rounds each participation is charged a k-th of it, and one that lasts for good none.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ There is no official code; open points are decided as in FL-bench, or said.
 - Clients count alike.
 - The global model is what clients start from; a client's personal model is ``options.adapt_steps`` steps of rate alpha
   further, on batches of its training samples, normalised as in evaluation.
-- A step's four gradients (``hf``) of three batches cost 4/3 of plain training; ``fo`` costs the same, two of two.
+- A step's four gradients (``hf``) of three batches cost 4/3 of plain training; ``fo`` costs the same, two of two. The
+  clock charges this for every sample: too much for a rest that is dropped, too little where batches are reused.
 """
 
 from __future__ import annotations
