@@ -56,6 +56,7 @@ def test_kill_9_between_checkpoints(tmp_path: Path, long_reference: Computed) ->
     assert outcome(tmp_path / "run") == long_reference
 
 
+@pytest.mark.slow
 def test_kill_9_of_a_whole_ray_cluster(tmp_path: Path, long_reference: Computed) -> None:
     """Other pools after than before, and nothing of Ray is left."""
     killed_and_resumed(tmp_path, 1, ["cluster.pools=2"], ["cluster.pools=1"])

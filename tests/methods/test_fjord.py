@@ -286,8 +286,7 @@ def test_a_run_of_it_goes_through(tmp_path: Path) -> None:
 
 
 def test_variates_cannot_follow_the_draws(tmp_path: Path) -> None:
-    made = prepared(tmp_path, "train.correction.name=feddyn", "aggregation.weights=uniform")
     with pytest.raises(UserError) as caught:
-        _ = made.program
+        prepared(tmp_path, "train.correction.name=feddyn", "aggregation.weights=uniform")
     assert caught.value.key == "train.correction.name"
     assert prepared(tmp_path, "train.correction.name=proximal").program.keeps_state is False
