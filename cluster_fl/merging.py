@@ -76,13 +76,8 @@ class Streaming(Merge):
     def initial(self, state: State) -> State:
         return self.step.initial(state)
 
-    def sent(self, round: Round) -> State:
-        """What the round's clients start from."""
-        published = self.step.published(round.memory)
-        return round.state | published if published else round.state
-
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
-        collected = yield from collect(round, cohorts, self.sent(round))
+        collected = yield from collect(round, cohorts, self.step.sent(round.state, round.memory))
         state, memory = self.step.apply(round.state, collected.mean, collected.extra, round.memory)
         return Merged(state, memory, collected.reports, collected.personal)
 

@@ -54,8 +54,7 @@ class ByAngle(Merge):
         return self.step.initial(state) | {ANGLE: np.zeros(shape), COUNT: np.zeros(shape)}
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
-        control = self.step.published(round.memory)
-        start = round.state | control if control else round.state
+        start = self.step.sent(round.state, round.memory)
         collected = yield from collect(round, cohorts, start)
         levels, parts = _parts(round, cohorts)
         # Every phase has the weights that updates start from: a new pool trains its cohort once more.

@@ -28,6 +28,11 @@ class ServerStep(ABC):
         """The part of the memory that clients need besides the weights."""
         return {}
 
+    def sent(self, state: State, memory: State) -> State:
+        """What clients start from; the weights themselves where they need nothing besides."""
+        published = self.published(memory)
+        return state | published if published else state
+
     @abstractmethod
     def apply(
         self, state: State, mean: Mean, extra: Mapping[str, np.ndarray], memory: State

@@ -79,7 +79,7 @@ def sgd(config: Config, plan: Plan, objective: Objective, coverage: Coverage = f
         train_config=config.train,
         rounds=config.rounds,
         objective=objective,
-        smallest_batch=2 if plan.batch_norms else 1,
+        smallest_batch=plan.smallest_batch,
         correction=correction(config.train.correction),
         coverage=coverage,
     )

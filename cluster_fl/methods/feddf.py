@@ -102,7 +102,7 @@ class Fusion(Streaming):
             nonlocal total, count
             total, count = total + taught.logits, count + taught.teachers
 
-        yield Phase("teach", tasks, self.sent(round), take)
+        yield Phase("teach", tasks, self.step.sent(round.state, round.memory), take)
         unit = cohorts[0].extra_weight if cohorts else 1.0
         return (total / (count * unit)).astype(np.float32) if count else None
 

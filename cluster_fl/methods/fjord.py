@@ -33,7 +33,7 @@ from cluster_fl.nesting.splitting import WIDTH, split
 from cluster_fl.nesting.submodel import Index, lengths
 from cluster_fl.nesting.tracing import state_tensors
 from cluster_fl.training.corrections import Correction, Uncorrected, correction
-from cluster_fl.training.program import Context, Effort, LocalProgram, Tally, Trained, optimiser
+from cluster_fl.training.program import Context, Descent, Effort, LocalProgram, Trained
 
 # Those without variates, which are made from a tensor's way over all steps: a draw leaves tensors out of some.
 CORRECTIONS = ("none", "proximal")
@@ -139,23 +139,15 @@ class OrderedDropout(LocalProgram):
         lower = [Narrow(plan.level(number), model, context) for number in context.level.also]
         extra = nn.ParameterList(parameter for narrow in lower for parameter in narrow.parameters())
         everything = nn.ModuleList([model, extra])
-        steps = optimiser(everything, config, context.round, self.rounds)
+        descent = Descent(everything, config, self.rounds, self.correction, context)
         # torch's fused SGD cannot begin some momentum buffers later than others.
         for parameter in everything.parameters() if config.momentum else ():
-            steps.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        drift, tally = self.correction.begin(everything, context), Tally(context.worker.device)
+            descent.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         for _ in range(config.epochs):
             for x, y in context.batches(self.smallest_batch):
-                loss = self._loss(model, _drawn(lower, context.generator), x, y)
-                steps.zero_grad(set_to_none=True)
-                loss.backward()
-                drift.correct()
-                if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(everything.parameters(), config.clip_norm)
-                steps.step()
-                tally.add(loss, len(y))
+                descent.down(self._loss(model, _drawn(lower, context.generator), x, y), len(y))
         also = {key: array for narrow in lower for key, array in narrow.read(plan).items()}
-        return Trained(tally.loss, tally.steps, also=also)
+        return replace(descent.end({}), also=also)
 
     def _loss(self, model: Layered, narrow: Narrow | None, x: Tensor, y: Tensor) -> Tensor:
         """``narrow``: the drawn width; None: the client's own."""
@@ -201,7 +193,7 @@ def program(config: Config, plan: Plan) -> LocalProgram:
         rounds=config.rounds,
         efforts=tuple(_effort(plan, level, options.distil) for level in plan.levels),
         distil=options.distil,
-        smallest_batch=2 if plan.batch_norms else 1,
+        smallest_batch=plan.smallest_batch,
         correction=correction(config.train.correction),
     )
 

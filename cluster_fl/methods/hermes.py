@@ -149,9 +149,7 @@ class Intersection(Merge):
         return self.step.initial(state)
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
-        control = self.step.published(round.memory)
-        start = round.state | control if control else round.state
-        collected = yield from collect(round, cohorts, start)
+        collected = yield from collect(round, cohorts, self.step.sent(round.state, round.memory))
         agreed = {key: total == collected.mean.total for key, total in collected.mean.weights.items()}
         mean = _only(collected.mean, agreed)
         state, memory = self.step.apply(round.state, mean, collected.extra, round.memory)

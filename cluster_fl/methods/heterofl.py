@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster_fl.config import Config, option
-from cluster_fl.methods.base import Method, Setting, sgd
+from cluster_fl.methods.base import Method, Setting, always, sgd
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.anatomy import Anatomy
 from cluster_fl.nesting.plan import Plan
@@ -99,12 +99,10 @@ def _class_axes(traced: Anatomy) -> Iterator[tuple[str, int]]:
             yield name, int(axis)
 
 
-PRESET = {"model": {"norm": "static"}, "levels": {"rounding": "ceil"}, "train": {"clip_norm": 1.0}}
-
 METHOD = Method(
     title="HeteroFL (Diao et al., ICLR 2021)",
     options=Options,
     plan=plan,
     program=program,
-    variants=dict.fromkeys(("default", "paper", "released"), PRESET),
+    variants=always(model={"norm": "static"}, levels={"rounding": "ceil"}, train={"clip_norm": 1.0}),
 )

@@ -98,6 +98,11 @@ class Plan:
         """Answers depend on what else is in the batch, in evaluation too."""
         return self.batch_norms and self.model.norm == "batch"
 
+    @property
+    def smallest_batch(self) -> int:
+        """The fewest samples that a training batch may have."""
+        return 2 if self.batch_norms else 1
+
     @cached_property
     def measured(self) -> frozenset[str]:
         """Keys of what the state holds without being trained: running statistics."""

@@ -25,7 +25,8 @@ from cluster_fl.nesting.extraction import load, read
 from cluster_fl.nesting.plan import State
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.seeding import Purpose, generator, torch_generator
-from cluster_fl.training.cohort import Cohort, Update
+from cluster_fl.training.cohort import Update
+from cluster_fl.training.passes import OfCohort
 from cluster_fl.training.worker import Worker
 
 # Of the published state, where the students read what their teachers said.
@@ -56,25 +57,16 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class Teach:
+class Teach(OfCohort):
     """A cohort's trained models answer for the public samples, in the round's order of them.
 
     Attributes:
         least: the accuracy on the validation part below which a client does not teach; 0: everybody does.
     """
 
-    cohort: Cohort
     batch_size: int
     least: float
     work: float
-
-    @property
-    def home(self) -> tuple[int, int]:
-        return self.cohort.home
-
-    @property
-    def clients(self) -> tuple[int, ...]:
-        return self.cohort.clients
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Taught:
         """Raises RunError for a client whose logits are not finite or 2^11 or more."""
@@ -118,7 +110,7 @@ class Distil:
             torch.tensor(state[TEACHERS], device=worker.device),
             self.settings,
             torch_generator(worker.config.seed, Purpose.DISTIL, self.round, self.level),
-            _smallest(worker),
+            worker.plan.smallest_batch,
             (lambda model: _accuracy(worker, model, self.round)) if validates else None,
         )
 
@@ -177,7 +169,7 @@ def public_rows(config: Config, shares: Shares, round: int) -> np.ndarray:
 @torch.no_grad()
 def answers(worker: Worker, model: Layered, rows: np.ndarray, batch_size: int) -> Tensor:
     """Logits of the last exit in evaluation mode, (rows, classes), in consecutive batches."""
-    sizes = batch_sizes(len(rows), batch_size, _smallest(worker))
+    sizes = batch_sizes(len(rows), batch_size, worker.plan.smallest_batch)
     parts = np.split(rows, np.cumsum(sizes)[:-1])
     return torch.cat([model.eval()(worker.data.batch(part)[0])[-1] for part in parts])
 
@@ -186,7 +178,7 @@ def _accuracy(worker: Worker, model: Layered, round: int) -> float:
     """On all clients' held-out samples together, in an order that mixes clients."""
     pooled = np.concatenate(worker.shares.held_out)
     rows = generator(worker.config.seed, Purpose.DISTIL, round).permutation(pooled)
-    size = max(worker.config.evaluate.batch_size, _smallest(worker))
+    size = max(worker.config.evaluate.batch_size, worker.plan.smallest_batch)
     found = answers(worker, model, rows, size).argmax(1)
     return float((found == worker.data.batch(rows)[1]).double().mean())
 
@@ -204,7 +196,3 @@ def _batches(samples: int, batch_size: int, smallest: int, generator: torch.Gene
     sizes = batch_sizes(samples, batch_size, smallest)
     while True:
         yield from torch.randperm(samples, generator=generator).split(sizes)
-
-
-def _smallest(worker: Worker) -> int:
-    return 2 if worker.plan.batch_norms else 1

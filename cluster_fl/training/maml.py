@@ -7,22 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.plan import Level
 from cluster_fl.training.objectives import Objective
-from cluster_fl.training.program import (
-    SGD,
-    Answer,
-    Context,
-    Effort,
-    LocalProgram,
-    Tally,
-    Trained,
-    optimiser,
-)
-from cluster_fl.training.schedule import learning_rate
+from cluster_fl.training.program import SGD, Answer, Context, Effort, LocalProgram, Trained
 
 Batch = tuple[Tensor, Tensor]
 # A gradient by parameter; None where the loss does not depend on one.
@@ -71,20 +61,12 @@ class Meta(LocalProgram):
 
     def train(self, model: Layered, context: Context) -> Trained:
         inner, config = self.inner, self.inner.train_config
-        steps, objective = optimiser(model, config, context.round, inner.rounds), inner.objective.of(context)
-        drift, tally = inner.correction.begin(model, context), Tally(context.worker.device)
+        objective, descent = inner.objective.of(context), inner.descent(model, context)
         for _ in range(config.epochs):
             batches = list(context.batches(inner.smallest_batch))
             for group in grouped(batches, 2 if self.order == FIRST_ORDER else 3):
-                loss = self.descend(model, objective, group, context.progress)
-                drift.correct()
-                if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-                steps.step()
-                tally.add(loss, len(group[1][1]))
-        coverage = inner.coverage(context, model)
-        ended = drift.end(tally.steps * learning_rate(config, context.round, inner.rounds), coverage)
-        return Trained(tally.loss, tally.steps, coverage=coverage, extra=ended.extra, personal=ended.personal)
+                descent.step(self.descend(model, objective, group, context.progress), len(group[1][1]))
+        return descent.end(inner.coverage(context, model))
 
     def descend(
         self, model: Layered, objective: Objective, group: Sequence[Batch], progress: float

@@ -21,14 +21,10 @@ PART = "part/"
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A task for a cohort's updates."""
+class OfCohort:
+    """A task for a cohort's updates, at home where they are kept."""
 
     cohort: Cohort
-
-    @property
-    def work(self) -> float:
-        return self.cohort.work
 
     @property
     def home(self) -> tuple[int, int]:
@@ -41,6 +37,15 @@ class Pass:
     @property
     def level(self) -> int:
         return self.cohort.level
+
+
+@dataclass(frozen=True)
+class Pass(OfCohort):
+    """One that lasts about as long as the training would."""
+
+    @property
+    def work(self) -> float:
+        return self.cohort.work
 
 
 @dataclass(frozen=True)

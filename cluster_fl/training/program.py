@@ -182,6 +182,42 @@ class Tally:
         return float(self._total) / self._seen if self._seen else 0.0
 
 
+class Descent:
+    """The steps of one client's round, whatever made their gradients: correction, clipping, SGD and the tally.
+
+    Args:
+        model: everything that is trained.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, rounds: int, correction: Correction, context: Context
+    ) -> None:
+        self._model, self._clip_norm = model, train.clip_norm
+        self._rate = learning_rate(train, context.round, rounds)
+        self.optimiser = optimiser(model, train, context.round, rounds)
+        self._drift, self.tally = correction.begin(model, context), Tally(context.worker.device)
+
+    def down(self, loss: Tensor, samples: int) -> None:
+        """A step down the gradient of a loss."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.step(loss, samples)
+
+    def step(self, loss: Tensor, samples: int) -> None:
+        """A step along the gradients that are there."""
+        self._drift.correct()
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self.optimiser.step()
+        self.tally.add(loss, samples)
+
+    def end(self, coverage: Mapping[str, np.ndarray]) -> Trained:
+        """What the steps came to, for a client that speaks for ``coverage``."""
+        ended = self._drift.end(self.tally.steps * self._rate, coverage)
+        loss, steps = self.tally.loss, self.tally.steps
+        return Trained(loss, steps, coverage=coverage, extra=ended.extra, personal=ended.personal)
+
+
 def optimiser(model: nn.Module, train: TrainConfig, round: int, rounds: int) -> torch.optim.SGD:
     """SGD over the model's trainable parameters; its momentum buffer starts at zero."""
     return torch.optim.SGD(
@@ -234,18 +270,12 @@ class SGD(LocalProgram):
         config = self.train_config
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2] not in self.frozen)
-        steps, objective = optimiser(model, config, context.round, self.rounds), self.objective.of(context)
-        drift, tally = self.correction.begin(model, context), Tally(context.worker.device)
+        objective, descent = self.objective.of(context), self.descent(model, context)
         for _ in range(config.epochs):
             for x, y in context.batches(self.smallest_batch):
-                loss = objective(answer(x), y, context.progress)
-                steps.zero_grad(set_to_none=True)
-                loss.backward()
-                drift.correct()
-                if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-                steps.step()
-                tally.add(loss, len(y))
-        coverage = self.coverage(context, model)
-        ended = drift.end(tally.steps * learning_rate(config, context.round, self.rounds), coverage)
-        return Trained(tally.loss, tally.steps, coverage=coverage, extra=ended.extra, personal=ended.personal)
+                descent.down(objective(answer(x), y, context.progress), len(y))
+        return descent.end(self.coverage(context, model))
+
+    def descent(self, model: Layered, context: Context) -> Descent:
+        """The steps of a client's round."""
+        return Descent(model, self.train_config, self.rounds, self.correction, context)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from actors.pools import Usage
 from cluster_fl import methods
@@ -15,6 +14,7 @@ from cluster_fl.compose import compose
 from cluster_fl.config import Config
 from cluster_fl.experiment import Experiment
 from cluster_fl.training.worker import Outcome, Task, Worker
+from tests.tiny import worker_of
 
 SMALL = """
 rounds: 3
@@ -85,6 +85,4 @@ class UnrulyPools:
         """Nothing to give back."""
 
     def _new(self) -> Worker:
-        made = self._experiment
-        shares = made.population.shares
-        return Worker(made.config, made.plan, made.program, made.dataset, shares, torch.device("cpu"))
+        return worker_of(self._experiment)

@@ -30,8 +30,7 @@ from cluster_fl.timing.rounds import round_cost
 from cluster_fl.training.cohort import Cohort, form
 from cluster_fl.training.own import own_model, own_submodel, own_tensors, pack
 from cluster_fl.training.program import Context
-from cluster_fl.training.worker import Worker
-from tests.tiny import lines, outcome, run_here
+from tests.tiny import lines, outcome, run_here, worker_of
 
 OWN = """
 method: hermes
@@ -49,18 +48,6 @@ def composed(folder: Path, *overrides: str) -> Config:
     file = folder / "own.yaml"
     file.write_text(OWN)
     return compose([file], overrides)
-
-
-def worker_of(experiment: Experiment) -> Worker:
-    shares = experiment.population.shares
-    return Worker(
-        experiment.config,
-        experiment.plan,
-        experiment.program,
-        experiment.dataset,
-        shares,
-        torch.device("cpu"),
-    )
 
 
 def begun(experiment: Experiment, personal: Callable[[int], State]) -> Round:

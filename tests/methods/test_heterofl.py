@@ -26,7 +26,7 @@ from cluster_fl.seeding import Purpose, generator
 from cluster_fl.training.cohort import form
 from cluster_fl.training.objectives import CrossEntropy, MaskedCrossEntropy
 from cluster_fl.training.worker import Worker
-from tests.tiny import outcome, run_here, tiny
+from tests.tiny import outcome, run_here, tiny, worker_of
 
 WIDTHS = "levels.pairs=[{width: 0.25}, {width: 0.5}, {}]"
 CLASSES = 10
@@ -34,18 +34,6 @@ CLASSES = 10
 
 def made(folder: Path, *overrides: str) -> Experiment:
     return prepare(tiny(folder, "method=heterofl", WIDTHS, *overrides))
-
-
-def hosting(experiment: Experiment) -> Worker:
-    shares = experiment.population.shares
-    return Worker(
-        experiment.config,
-        experiment.plan,
-        experiment.program,
-        experiment.dataset,
-        shares,
-        torch.device("cpu"),
-    )
 
 
 def view(experiment: Experiment, state: State, number: int = 0) -> Round:
@@ -119,7 +107,7 @@ def by_counting(experiment: Experiment, state: State, updates: list[Any]) -> Sta
 def test_rows_of_absent_classes_are_not_spoken_for(rows: bool, tmp_path: Path) -> None:
     few = ("data.partition.name=classes", "data.partition.classes=[2]", "clients.per_round=3")
     experiment = made(tmp_path, *few, "train.cohort_size=4", f"options.label_rows={str(rows).lower()}")
-    worker, state = hosting(experiment), experiment.initial_state()
+    worker, state = worker_of(experiment), experiment.initial_state()
     round = view(experiment, state).select()
     cohorts = form(round, assign(round, experiment.allocation, experiment.rule), experiment.program, True)
     after = aggregate(state, [one.run(worker, state).partial for one in cohorts])
@@ -155,7 +143,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Worke
     """An experiment of clients with three classes each, and the weights after one round."""
     few = ("data.partition.name=classes", "data.partition.classes=[3]", "train.batch_size=32")
     experiment = made(tmp_path_factory.mktemp("tiny"), *few)
-    worker, state = hosting(experiment), experiment.initial_state()
+    worker, state = worker_of(experiment), experiment.initial_state()
     round = view(experiment, state).select()
     cohorts = form(round, assign(round, experiment.allocation, experiment.rule), experiment.program, False)
     return experiment, worker, aggregate(state, [one.run(worker, state).partial for one in cohorts])
@@ -328,7 +316,7 @@ def test_masked_loss_is_what_clients_train(tmp_path: Path) -> None:
     """The reported loss of a client without a step size is its masked loss at the received weights."""
     few = ("data.partition.name=classes", "data.partition.classes=[2]", "train.lr=0", "model.norm=none")
     experiment = made(tmp_path, *few, "clients.per_round=1", "train.batch_size=1000")
-    worker, state = hosting(experiment), experiment.initial_state()
+    worker, state = worker_of(experiment), experiment.initial_state()
     round = view(experiment, state).select()
     (cohort,) = form(round, assign(round, experiment.allocation, experiment.rule), experiment.program, False)
     (loss,) = cohort.run(worker, state).report.losses

@@ -70,12 +70,12 @@ def test_the_printed_table_differs_where_it_is_said_to() -> None:
     assert published(*model, "variant=paper").levels[1].submodel.units == (0, 4, 6)
 
 
-def _sum(plan: Plan, level: int, value: float, clients: int, skip: tuple[str, ...] = ()) -> PartialSum:
+def _sum(plan: Plan, level: int, value: float, clients: int) -> PartialSum:
     holding, state = plan.holding(level), plan.initial_state(read(plan.model.build()))
     part = PartialSum.of(holding, state)
     for _ in range(clients):
         deltas = {name: np.full(a.shape, value) for name, a in holding.gather(state).items()}
-        assert part.add(holding, deltas, 2.0**-4, {name: np.zeros(()) for name in skip})
+        assert part.add(holding, deltas, 2.0**-4)
     return part
 
 

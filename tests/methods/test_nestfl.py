@@ -37,7 +37,7 @@ from cluster_fl.training.program import Context
 from cluster_fl.training.worker import Worker
 from cluster_fl.weighing import ANGLE, COUNT
 from tests.methods.common import UnrulyPools
-from tests.tiny import outcome, run_here
+from tests.tiny import outcome, run_here, worker_of
 
 NEST = """
 method: nestfl
@@ -77,18 +77,6 @@ def cohorts_of(experiment: Experiment, round: Round, levels: list[int] | None = 
     """The round's cohorts, at given levels of the participants, or as the devices allow."""
     allocation = experiment.allocation if levels is None else lambda _: np.array(levels)
     return form(round, assign(round, allocation, experiment.rule), experiment.program, keep=True)
-
-
-def worker_of(experiment: Experiment) -> Worker:
-    shares = experiment.population.shares
-    return Worker(
-        experiment.config,
-        experiment.plan,
-        experiment.program,
-        experiment.dataset,
-        shares,
-        torch.device("cpu"),
-    )
 
 
 def drive(phases: Phases, worker: Callable[[], Worker]) -> Merged:
