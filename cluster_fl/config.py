@@ -9,27 +9,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any
 
 from cluster_fl.errors import UserError
-
-
-def option(
-    default: Any,
-    about: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    choices: Sequence[str] = (),
-) -> Any:
-    """A field with its meaning and its range: ``low <= value``, ``above < value``, ``value <= high``."""
-    metadata = {"about": about, "low": low, "above": above, "high": high, "choices": tuple(choices)}
-    if isinstance(default, list | dict) or (isinstance(default, type) and is_dataclass(default)):
-        make = default if isinstance(default, type) else lambda: type(default)(default)
-        return field(default_factory=make, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from cluster_fl.option import option
+from cluster_fl.timing.schema import TimeConfig, check_time
 
 
 @dataclass
@@ -207,20 +192,6 @@ class ClusterConfig:
 
 
 @dataclass
-class TimeConfig:
-    """The simulated devices, one profile a level; what is missing follows from the defaults' sources."""
-
-    gflops: list[float] | None = option(None, "effective GFLOP/s of a level's device, smallest level first")
-    down_mbps: list[float] | None = option(None, "download rate of a level's device, Mbit/s")
-    up_mbps: list[float] | None = option(None, "upload rate of a level's device, Mbit/s")
-    latency_s: float = option(0.05, "round trip time, seconds", low=0)
-    load: list[float] = option(
-        [0.0], "shares of a device that other work may take; a Markov chain over them, a step a round", low=0
-    )
-    load_stay: float = option(0.7, "chance that a device's load stays for another round", low=0, high=1)
-
-
-@dataclass
 class CheckpointConfig:
     every: int = option(1, "rounds between checkpoints; the last round always has one", low=1)
     keep: int = option(2, "newest checkpoints kept", low=1)
@@ -297,7 +268,7 @@ def _check_value(key: str, spec: Field[Any], value: Any) -> None:
             choose(key, item, choices)
         if not isinstance(item, int | float):
             continue
-        if not math.isfinite(item):
+        if not math.isfinite(item) and not (item == math.inf and spec.metadata.get("infinite")):
             raise UserError(key, item, "must be a finite number.")
         if low is not None and item < low:
             raise UserError(key, item, f"must be at least {low}.")
@@ -326,8 +297,7 @@ def _check_together(config: Config) -> None:
         raise UserError("run.name", name, "must be a plain folder name; run.root says where it lies.")
     if cluster.gpus_per_pool > 1 and cluster.gpus_per_pool % 1:
         raise UserError("cluster.gpus_per_pool", cluster.gpus_per_pool, "above 1 it must be a whole number.")
-    if max(config.time.load, default=1.0) >= 1:
-        raise UserError("time.load", config.time.load, "must be shares below 1, e.g. [0,0.25,0.5].")
+    check_time(config.time, clients.count, clients.per_round)
     if config.train.correction.name == "scaffold" and config.train.momentum:
         right = "must be 0 with train.correction.name=scaffold, whose control variates assume plain SGD."
         raise UserError("train.momentum", config.train.momentum, right)

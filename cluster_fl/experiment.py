@@ -87,7 +87,7 @@ def prepare(config: Config) -> Experiment:
     shares = partition(dataset, config.data, config.clients.count, config.seed)
     tier_of = tiers(config)
     population = Population(
-        shares, tier_of, Devices.by_level(config.time, tier_of, level_count(config.levels))
+        shares, tier_of, Devices.by_level(config.time.devices, tier_of, level_count(config.levels))
     )
     experiment = Experiment(config, dataset, plan, population)
     for part in ("program", "allocation", "rule", "merge"):

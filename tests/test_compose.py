@@ -164,9 +164,9 @@ def test_a_wrong_type_names_key_and_value(tmp_path: Path, override: str, key: st
         ("train.correction.alpha=0", "train.correction.alpha", "above 0"),
         ("server.optimizer=adm", "server.optimizer", "Did you mean adam?"),
         ("server.tau=0", "server.tau", "above 0"),
-        ("time.load=[0,1]", "time.load", "below 1"),
-        ("time.load=[]", "time.load", "below 1"),
-        ("time.load=[0,-0.5]", "time.load", "at least 0"),
+        ("time.load.shares=[0,1]", "time.load.shares", "below 1"),
+        ("time.load.shares=[]", "time.load.shares", "below 1"),
+        ("time.load.shares=[0,-0.5]", "time.load.shares", "at least 0"),
     ],
 )
 def test_out_of_range_says_what_is_right(tmp_path: Path, override: str, key: str, right: str) -> None:
@@ -203,7 +203,9 @@ def test_a_budget_for_each_client_is_checked(tmp_path: Path) -> None:
     assert compose([file(tmp_path, three)], ["levels.budgets=[0.5,0.5,1]"]).levels.budgets == [0.5, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("key", ["train.lr", "levels.tolerance", "time.latency_s", "options.kd_weight"])
+@pytest.mark.parametrize(
+    "key", ["train.lr", "levels.tolerance", "time.devices.latency_s", "options.kd_weight"]
+)
 def test_not_a_number_is_in_no_range(tmp_path: Path, key: str) -> None:
     assert refused(tmp_path, "", f"{key}=.nan").key == key
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods.base import Method, Setting, always, sgd
 from cluster_fl.nesting.plan import Plan
 from cluster_fl.nesting.splitting import DEPTH, split
+from cluster_fl.option import option
 from cluster_fl.training.objectives import MutualDistillation
 from cluster_fl.training.program import LocalProgram
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods.base import Method, Setting, always, sgd
 from cluster_fl.nesting.plan import Plan
 from cluster_fl.nesting.splitting import WIDTH, keep_units, plan_of, split
 from cluster_fl.nesting.tracing import anatomy
+from cluster_fl.option import option
 from cluster_fl.training.objectives import CrossEntropy
 from cluster_fl.training.program import LocalProgram
 

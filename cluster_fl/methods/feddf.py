@@ -32,12 +32,13 @@ from typing import Any
 import numpy as np
 
 from cluster_fl.aggregation.server import server_step
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.errors import UserError
 from cluster_fl.merging import Merge, Phase, Phases, Streaming
 from cluster_fl.methods import decoupled, fedavg
 from cluster_fl.methods.base import Method, Setting
 from cluster_fl.nesting.plan import Plan
+from cluster_fl.option import option
 from cluster_fl.rounds import Round
 from cluster_fl.training.cohort import Cohort
 from cluster_fl.training.distillation import TEACHERS, Distil, Distillation, Taught, Teach

@@ -14,11 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster_fl.assignment import Allocation
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods import fedavg, feddropout
 from cluster_fl.methods.base import Method, Setting, always
 from cluster_fl.nesting.plan import Plan
 from cluster_fl.nesting.splitting import WIDTH, split
+from cluster_fl.option import option
 from cluster_fl.selection import check_shared_norms
 from cluster_fl.timing.deadline import Affordable
 

@@ -20,10 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster_fl.assignment import SubmodelRule
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods import heterofl
 from cluster_fl.methods.base import Method, Setting
 from cluster_fl.nesting.plan import Plan
+from cluster_fl.option import option
 from cluster_fl.selection import Rolling, check_shared_norms
 
 

@@ -30,7 +30,7 @@ from math import prod
 import numpy as np
 import torch
 
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.errors import UserError
 from cluster_fl.methods.base import Method, Setting, check_correction, sgd
 from cluster_fl.models.layered import Layered
@@ -40,6 +40,7 @@ from cluster_fl.nesting.plan import Level, Plan
 from cluster_fl.nesting.splitting import keep_units, plan_of
 from cluster_fl.nesting.submodel import kept
 from cluster_fl.nesting.tracing import anatomy
+from cluster_fl.option import option
 from cluster_fl.training.masks import Mask, cut, layers, masks, through
 from cluster_fl.training.objectives import CrossEntropy
 from cluster_fl.training.program import SGD, Context, Effort, LocalProgram, Trained

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cluster_fl.config import Config, TrainConfig, option
+from cluster_fl.config import Config, TrainConfig
 from cluster_fl.errors import UserError
 from cluster_fl.methods.base import Method, Setting
 from cluster_fl.models.layered import Layered
@@ -32,6 +32,7 @@ from cluster_fl.nesting.plan import Level, Plan, State
 from cluster_fl.nesting.splitting import WIDTH, split
 from cluster_fl.nesting.submodel import Index, lengths
 from cluster_fl.nesting.tracing import state_tensors
+from cluster_fl.option import option
 from cluster_fl.training.corrections import Correction, Uncorrected, correction
 from cluster_fl.training.program import Context, Descent, Effort, LocalProgram, Trained
 

@@ -29,7 +29,7 @@ import numpy as np
 from cluster_fl.aggregation.nested import Mean
 from cluster_fl.aggregation.server import ServerStep, server_step
 from cluster_fl.assignment import Planned
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.errors import UserError
 from cluster_fl.evaluation import right_answers
 from cluster_fl.merging import Merge, Merged, Phases, collect
@@ -40,6 +40,7 @@ from cluster_fl.nesting.extraction import load, read
 from cluster_fl.nesting.importance import numbers, prune, scores
 from cluster_fl.nesting.plan import Plan, State
 from cluster_fl.nesting.submodel import Submodel, kept, lengths
+from cluster_fl.option import option
 from cluster_fl.rounds import Round
 from cluster_fl.selection import check_shared_norms
 from cluster_fl.training.cohort import Cohort

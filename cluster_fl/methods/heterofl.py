@@ -25,12 +25,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods.base import Method, Setting, always, sgd
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.anatomy import Anatomy
 from cluster_fl.nesting.plan import Plan
 from cluster_fl.nesting.splitting import WIDTH, split
+from cluster_fl.option import option
 from cluster_fl.training.objectives import CrossEntropy, MaskedCrossEntropy
 from cluster_fl.training.program import SGD, Answer, Context, LocalProgram, full_coverage
 

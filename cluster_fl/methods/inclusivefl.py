@@ -25,7 +25,7 @@ import numpy as np
 
 from cluster_fl.aggregation.nested import Mean
 from cluster_fl.aggregation.server import ServerStep, server_step
-from cluster_fl.config import Config, LevelsConfig, option
+from cluster_fl.config import Config, LevelsConfig
 from cluster_fl.errors import UserError
 from cluster_fl.merging import Merge, Streaming
 from cluster_fl.methods import fedavg
@@ -34,6 +34,7 @@ from cluster_fl.nesting.anatomy import Anatomy, place
 from cluster_fl.nesting.plan import Level, Plan, State
 from cluster_fl.nesting.splitting import DEPTH, split
 from cluster_fl.nesting.submodel import Submodel, lengths, present
+from cluster_fl.option import option
 
 
 @dataclass

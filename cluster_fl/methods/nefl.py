@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster_fl.config import Config, LevelsConfig, PairConfig, level_count, option
+from cluster_fl.config import Config, LevelsConfig, PairConfig, level_count
 from cluster_fl.errors import UserError
 from cluster_fl.methods.base import Method, Setting, sgd
 from cluster_fl.methods.nefl_tables import SPLITS
@@ -34,6 +34,7 @@ from cluster_fl.nesting.splitting import keep_units, plan_of, width_grid
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.nesting.thinning import Units, stages, thin, thinnings
 from cluster_fl.nesting.tracing import anatomy
+from cluster_fl.option import option
 from cluster_fl.training.objectives import CrossEntropy
 from cluster_fl.training.program import Context, LocalProgram
 

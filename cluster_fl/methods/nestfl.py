@@ -33,7 +33,7 @@ import numpy as np
 
 from cluster_fl.aggregation.server import server_step
 from cluster_fl.assignment import Allocation
-from cluster_fl.config import Config, PairConfig, option
+from cluster_fl.config import Config, PairConfig
 from cluster_fl.merging import Phases
 from cluster_fl.methods.base import Method, Setting, always, check_correction, sgd
 from cluster_fl.nesting.importance import chain, numbers
@@ -41,6 +41,7 @@ from cluster_fl.nesting.plan import Level, Plan, State
 from cluster_fl.nesting.splitting import WIDTH, split
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.nesting.windows import leading
+from cluster_fl.option import option
 from cluster_fl.rounds import Round
 from cluster_fl.selection import check_shared_norms
 from cluster_fl.timing.deadline import Affordable

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods.base import Method, always, sgd
 from cluster_fl.methods.fedavg import full_plan
 from cluster_fl.nesting.plan import Plan
+from cluster_fl.option import option
 from cluster_fl.training.maml import FIRST_ORDER, HESSIAN_FREE, Meta
 from cluster_fl.training.objectives import CrossEntropy
 from cluster_fl.training.program import LocalProgram

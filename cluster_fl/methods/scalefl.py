@@ -24,11 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.methods.base import Method, Setting, sgd
 from cluster_fl.nesting.plan import Plan
 from cluster_fl.nesting.splitting import split
 from cluster_fl.nesting.windows import outward, reverse
+from cluster_fl.option import option
 from cluster_fl.seeding import Purpose, generator
 from cluster_fl.selection import reordered
 from cluster_fl.training.objectives import SelfDistillation

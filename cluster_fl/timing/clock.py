@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster_fl.config import TimeConfig
 from cluster_fl.errors import UserError
+from cluster_fl.timing.schema import DevicesConfig
 
 # A backward pass costs two forwards, and a multiply-accumulate is two operations.
 FORWARD_AND_BACKWARD = 3
@@ -30,15 +30,15 @@ class Devices:
     latency: float  # seconds, round trip
 
     @staticmethod
-    def by_level(config: TimeConfig, level_of: np.ndarray, levels: int) -> Devices:
+    def by_level(config: DevicesConfig, level_of: np.ndarray, levels: int) -> Devices:
         """The profile of each client's level, of so many levels.
 
         Raises:
             UserError: a list has not one positive value a level.
         """
-        gflops = _profile("time.gflops", config.gflops, _geometric(levels), levels)
-        down = _profile("time.down_mbps", config.down_mbps, [DOWN_MBPS] * levels, levels)
-        up = _profile("time.up_mbps", config.up_mbps, [UP_MBPS] * levels, levels)
+        gflops = _profile("time.devices.gflops", config.gflops, _geometric(levels), levels)
+        down = _profile("time.devices.down_mbps", config.down_mbps, [DOWN_MBPS] * levels, levels)
+        up = _profile("time.devices.up_mbps", config.up_mbps, [UP_MBPS] * levels, levels)
         at = level_of - 1
         return Devices(gflops[at] * 1e9, down[at] * 1e6, up[at] * 1e6, config.latency_s)
 

@@ -29,7 +29,7 @@ class Affordable:
 
     def __call__(self, round: Round) -> np.ndarray:
         config, clients = round.config, round.participants
-        busy = loads(config.time, config.seed, config.clients.count, round.number)
+        busy = loads(config.time.load, config.seed, config.clients.count, round.number)
         limit = self.limit(round) if self.deadline is None else self.deadline
         fits = level_seconds(round, self.program, clients, busy[clients]) <= limit
         largest = fits.shape[1] - np.argmax(fits[:, ::-1], axis=1)

@@ -41,7 +41,7 @@ def round_cost(round: Round, assignments: Sequence[Assignment], program: LocalPr
     macs = sizes[:, 0] * [e.compute for e in efforts]
     samples = np.array([len(population.shares.train[a.client]) for a in assignments]) * config.train.epochs
     clients = np.array([a.client for a in assignments])
-    busy = loads(config.time, config.seed, config.clients.count, round.number)[clients]
+    busy = loads(config.time.load, config.seed, config.clients.count, round.number)[clients]
     seconds = client_seconds(population.devices, clients, macs, down, up, samples, busy)
     return RoundCost(seconds, down.astype(np.int64), up.astype(np.int64))
 

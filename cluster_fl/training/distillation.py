@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster_fl.aggregation.exact import fits, on_grid
-from cluster_fl.config import Config, option
+from cluster_fl.config import Config
 from cluster_fl.data.batching import batch_sizes
 from cluster_fl.data.partition import Shares
 from cluster_fl.errors import RunError
@@ -24,6 +24,7 @@ from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.extraction import load, read
 from cluster_fl.nesting.plan import State
 from cluster_fl.nesting.submodel import Submodel
+from cluster_fl.option import option
 from cluster_fl.seeding import Purpose, generator, torch_generator
 from cluster_fl.training.cohort import Update
 from cluster_fl.training.passes import OfCohort

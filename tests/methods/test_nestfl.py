@@ -47,10 +47,10 @@ levels: {count: 3, rounding: ceil}
 model: {name: resnet8, options: {widths: [4, 8, 16]}}
 data: {name: digits, held_out: 60, partition: {name: shards}}
 train: {epochs: 1, batch_size: 32, lr: 0.1, momentum: 0.0, cohort_size: 2}
-time: {gflops: [0.05, 0.1, 0.4]}
+time: {devices: {gflops: [0.05, 0.1, 0.4]}}
 evaluate: {every: 3}
 """
-WHOLE = "levels.pairs=[{width: 1.0}]", "levels.order=rising", "time.gflops=[1.0]"
+WHOLE = "levels.pairs=[{width: 1.0}]", "levels.order=rising", "time.devices.gflops=[1.0]"
 
 
 def made(folder: Path, *overrides: str) -> Experiment:
@@ -258,7 +258,7 @@ def test_angles_are_averaged_over_participations(tmp_path: Path) -> None:
 
 
 def test_a_device_takes_the_largest_size_that_it_has_time_for(tmp_path: Path) -> None:
-    experiment = made(tmp_path, "time.load=[0,0.5]", "clients.per_round=6")
+    experiment = made(tmp_path, "time.load.shares=[0,0.5]", "clients.per_round=6")
     round = replace(first_round(experiment), number=4)
     for deadline in (1e-6, 0.2, 1.0, 5.0, 1e6):
         levels = Affordable(experiment.program, deadline)(round)
@@ -274,7 +274,7 @@ def test_a_device_takes_the_largest_size_that_it_has_time_for(tmp_path: Path) ->
 
 
 def test_the_default_deadline_is_the_median_device_s(tmp_path: Path) -> None:
-    experiment = made(tmp_path, "time.load=[0,0.5]")
+    experiment = made(tmp_path, "time.load.shares=[0,0.5]")
     round = first_round(experiment)
     limit = Affordable(experiment.program).limit(round)
     unloaded = level_seconds(round, experiment.program, np.arange(6), np.zeros(6))
@@ -305,7 +305,7 @@ def test_a_lasting_chain_is_remembered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", ["mask_refresh_every=0", "angle=pairwise"])
 def test_resumed_and_unruly_runs_have_the_same_bits(own: str, tmp_path: Path) -> None:
-    config = made(tmp_path, f"options.{own}", "time.load=[0,0.5]").config
+    config = made(tmp_path, f"options.{own}", "time.load.shares=[0,0.5]").config
     run_here(config, tmp_path / "here")
     run_here(config, tmp_path / "unruly", partial(UnrulyPools, count=2))
     halted = Driver(config, RunFolder(tmp_path / "halted"), InlinePools).run()

@@ -81,7 +81,7 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         ("data.held_out=100000", ["data.held_out=100000", "1437"]),
         ("levels.shares=[1,0]", ["levels.shares=[1.0, 0.0]", "3 shares"]),
         ("levels.pairs=[{width: 0.5, depth: 9}]", ["levels.pairs", "9"]),
-        ("time.gflops=[1,2]", ["time.gflops=[1.0, 2.0]", "3 positive numbers"]),
+        ("time.devices.gflops=[1,2]", ["time.devices.gflops=[1.0, 2.0]", "3 positive numbers"]),
         ("data.partition.alpha=-1", ["data.partition.alpha=-1", "above 0"]),
     ],
 )

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster_fl.config import TimeConfig
 from cluster_fl.errors import UserError
 from cluster_fl.timing.clock import Devices, client_seconds, synchronous
+from cluster_fl.timing.schema import DevicesConfig
 
 MACS, SAMPLES = 253_000_000, 500 * 5  # ResNet110 on 32 x 32; a client's 500 samples, five epochs
 
@@ -84,7 +84,7 @@ def test_each_participant_is_as_busy_as_its_own_device() -> None:
 
 
 def test_defaults_are_the_two_phones_of_flash_and_geometric_between() -> None:
-    devices = Devices.by_level(TimeConfig(), np.array([1, 2, 3, 4, 1]), 4)
+    devices = Devices.by_level(DevicesConfig(), np.array([1, 2, 3, 4, 1]), 4)
     assert devices.flops[[0, 3, 4]] / 1e9 == pytest.approx([0.63, 5.77, 0.63])
     ratios = devices.flops[1:4] / devices.flops[:3]
     assert ratios == pytest.approx([(5.77 / 0.63) ** (1 / 3)] * 3)
@@ -93,11 +93,11 @@ def test_defaults_are_the_two_phones_of_flash_and_geometric_between() -> None:
 
 
 def test_a_single_level_is_the_fast_phone() -> None:
-    assert Devices.by_level(TimeConfig(), np.array([1, 1]), 1).flops / 1e9 == pytest.approx([5.77, 5.77])
+    assert Devices.by_level(DevicesConfig(), np.array([1, 1]), 1).flops / 1e9 == pytest.approx([5.77, 5.77])
 
 
 def test_given_profiles_go_to_their_levels() -> None:
-    config = TimeConfig(gflops=[1, 2], down_mbps=[3, 4], up_mbps=[5, 6], latency_s=0.25)
+    config = DevicesConfig(gflops=[1, 2], down_mbps=[3, 4], up_mbps=[5, 6], latency_s=0.25)
     devices = Devices.by_level(config, np.array([2, 1]), 2)
     assert devices.flops.tolist() == [2e9, 1e9]
     assert devices.down.tolist() == [4e6, 3e6]
@@ -108,23 +108,23 @@ def test_given_profiles_go_to_their_levels() -> None:
 @pytest.mark.parametrize("key", ["gflops", "down_mbps", "up_mbps"])
 @pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], [1.0, 0.0], [-1.0, 2.0], []])
 def test_a_profile_is_one_positive_number_a_level(key: str, values: list[float]) -> None:
-    config = TimeConfig()
+    config = DevicesConfig()
     setattr(config, key, values)
-    with pytest.raises(UserError, match=rf"^time\.{key}=.*must be 2 positive numbers") as caught:
+    with pytest.raises(UserError, match=rf"^time\.devices\.{key}=.*must be 2 positive numbers") as caught:
         Devices.by_level(config, np.array([1, 2]), 2)
-    assert (caught.value.key, caught.value.value) == (f"time.{key}", values)
+    assert (caught.value.key, caught.value.value) == (f"time.devices.{key}", values)
 
 
 def test_a_profile_is_a_number() -> None:
-    with pytest.raises(UserError, match=r"time\.gflops"):
-        Devices.by_level(TimeConfig(gflops=[1.0, float("nan")]), np.array([1, 2]), 2)
+    with pytest.raises(UserError, match=r"time\.devices\.gflops"):
+        Devices.by_level(DevicesConfig(gflops=[1.0, float("nan")]), np.array([1, 2]), 2)
 
 
 def test_a_level_without_clients_has_its_profile_all_the_same() -> None:
     """Nobody affords the largest of three levels: the others keep the devices of three."""
-    devices = Devices.by_level(TimeConfig(gflops=[1, 2, 4]), np.array([2, 1, 1]), 3)
+    devices = Devices.by_level(DevicesConfig(gflops=[1, 2, 4]), np.array([2, 1, 1]), 3)
     assert devices.flops.tolist() == [2e9, 1e9, 1e9]
-    default = Devices.by_level(TimeConfig(), np.array([2, 1]), 3)
+    default = Devices.by_level(DevicesConfig(), np.array([2, 1]), 3)
     assert default.flops / 1e9 == pytest.approx([(0.63 * 5.77) ** 0.5, 0.63])
 
 

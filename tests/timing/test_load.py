@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster_fl.config import TimeConfig
 from cluster_fl.timing.load import loads
+from cluster_fl.timing.schema import LoadConfig
 
 SHARES = [0.0, 0.25, 0.5, 0.75]
 CLIENTS = 4000
@@ -18,7 +18,7 @@ CLIENTS = 4000
 
 def chain(stay: float, rounds: int, seed: int = 0) -> np.ndarray:
     """(rounds, clients)."""
-    config = TimeConfig(load=SHARES, load_stay=stay)
+    config = LoadConfig(shares=SHARES, stay=stay)
     return np.stack([loads(config, seed, CLIENTS, round) for round in range(rounds)])
 
 
@@ -29,14 +29,14 @@ def six_sigma(probability: float, draws: int) -> float:
 
 @given(st.integers(0, 10**6), st.integers(0, 30), st.integers(1, 20))
 def test_by_default_nothing_else_runs(seed: int, round: int, clients: int) -> None:
-    assert loads(TimeConfig(), seed, clients, round).tolist() == [0.0] * clients
-    assert loads(TimeConfig(load=[0.5]), seed, clients, round).tolist() == [0.5] * clients
+    assert loads(LoadConfig(), seed, clients, round).tolist() == [0.0] * clients
+    assert loads(LoadConfig(shares=[0.5]), seed, clients, round).tolist() == [0.5] * clients
 
 
 @given(st.integers(0, 10**6), st.integers(0, 30), st.floats(0, 1))
 def test_values_are_those_given_and_the_same_again(seed: int, round: int, stay: float) -> None:
     """Asking for other rounds before changes nothing: a resumed run finds the loads as they were."""
-    config = TimeConfig(load=[0.5, 0.0, 0.125], load_stay=stay)
+    config = LoadConfig(shares=[0.5, 0.0, 0.125], stay=stay)
     found = loads(config, seed, 12, round)
     assert set(found.tolist()) <= {0.5, 0.0, 0.125}
     loads(config, seed, 12, round + 1)

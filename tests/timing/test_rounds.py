@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster_fl.config import TimeConfig
 from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.cost import count
@@ -18,6 +17,7 @@ from cluster_fl.rounds import Round
 from cluster_fl.timing.clock import Devices
 from cluster_fl.timing.load import loads
 from cluster_fl.timing.rounds import RoundCost, round_cost
+from cluster_fl.timing.schema import LoadConfig
 from cluster_fl.training.program import Context, Effort, LocalProgram, Trained
 from tests.tiny import planned, round_of, scattered, tiny
 
@@ -88,12 +88,13 @@ def test_effort_multiplies_compute_and_bytes(experiment: Experiment) -> None:
 
 
 def test_a_busy_device_computes_at_what_is_left(experiment: Experiment) -> None:
-    time = TimeConfig(load=[0.0, 0.5, 0.75], load_stay=0.5)
+    load = LoadConfig(shares=[0.0, 0.5, 0.75], stay=0.5)
+    time = dataclasses.replace(experiment.config.time, load=load)
     busy = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, time=time))
     seen = set()
     for number in range(3):
         round, found = costs(busy, number=number)
-        shares = loads(time, busy.config.seed, CLIENTS, number)
+        shares = loads(load, busy.config.seed, CLIENTS, number)
         for position, client in enumerate(round.participants):
             own = round.plan.level(int(round.plan.level_of[client])).cost
             samples = len(experiment.population.shares.train[client])
