@@ -17,17 +17,18 @@ from actors.events import Event, Finished, Planned, RoundDone, Working
 from actors.pools import Pools
 from actors.stopwatch import Stopwatch
 from cluster_fl import evaluation, experiment
-from cluster_fl.assignment import assign
 from cluster_fl.config import Config
+from cluster_fl.enlisting import enlist
 from cluster_fl.errors import RunError, UserError
 from cluster_fl.evaluation import Counts
 from cluster_fl.experiment import Experiment
 from cluster_fl.merging import Merged, Phase
-from cluster_fl.nesting.plan import Assignment, State
+from cluster_fl.nesting.plan import State
 from cluster_fl.records import Progress, RunFolder, weights_sha256
-from cluster_fl.rounds import Round
-from cluster_fl.timing.rounds import RoundCost, round_cost
-from cluster_fl.training import cohort
+from cluster_fl.rounds import Round, Start
+from cluster_fl.timing import intervals, timeline
+from cluster_fl.timing import policies as clock
+from cluster_fl.timing.attempts import participants
 from cluster_fl.training.cohort import Cohort, CohortReport
 from cluster_fl.training.worker import Task
 
@@ -46,7 +47,8 @@ class Driver:
     ) -> None:
         self._config, self._folder, self._make_pools, self._resume = config, folder, make_pools, resume
         self._complete: Progress | None = None
-        self._published: tuple[Mapping[str, np.ndarray], Any] | None = None
+        self._published: dict[int, tuple[Mapping[str, np.ndarray], Any]] = {}  # by the state's identity
+        self._in_use: set[int] = set()  # identities of the weights that somebody is under way from
         self._saving = threading.Lock()  # `stop` may save beside `run`
 
     def run(self) -> Iterator[Event]:
@@ -103,22 +105,22 @@ class Driver:
         return Progress(0, state, memory, device=self._pools.device, experiment=self._experiment.sha256())
 
     def _round(self, number: int, before: Progress) -> Step[Progress]:
-        """select -> assign -> cohorts -> pools train and merge -> clock -> evaluate -> record -> checkpoint."""
+        """clock (who is asked, who counts) -> cohorts -> pools train and merge -> evaluate -> record -> checkpoint."""
         made = self._experiment
-        round = self._view(number, before).select()
-        assignments = assign(round, made.allocation, made.rule)
-        cohorts = cohort.form(round, assignments, made.program, made.merge.keeps_updates)
-        self._watch.lap("select")
-        merged = yield from self._merge(round, cohorts)
-        after = self._kept(before, merged, number)
-        self._watch.lap("aggregate")
-        cost = round_cost(round, assignments, made.program)
+        self._in_use = {id(start.state) for start in before.starts.values()} | {id(before.state)}
+        round = self._view(number, before)
+        step = made.policy.step(before.standing, made.clock.dispatch(round))
         self._watch.lap("clock")
+        cohorts = enlist(round, step, made.rule, made.program, made.merge.keeps_updates)
+        self._watch.lap("select")
+        merged = yield from self._merge(replace(round, pull=step.pull), cohorts)
+        after = self._after(before, merged, step)
+        self._watch.lap("aggregate")
         accuracy = yield from self._evaluate(number, after)
         self._watch.lap("evaluate")
-        record = self._record(number, assignments, merged.reports, cost, accuracy)
-        progress = _advance(after, cost, record)
-        self._commit(progress, record)
+        record = self._record(step, merged.reports, accuracy)
+        progress = _advance(after, record)
+        self._commit(progress, record, step)
         self._watch.lap("record")
         yield RoundDone(record)
         return progress
@@ -131,11 +133,20 @@ class Driver:
             return {} if at is None else self._folder.clients.load(client, at)
 
         return Round(
-            number, self._config, self._plan, self._population, progress.state, progress.memory, personal
+            number=number,
+            config=self._config,
+            plan=self._plan,
+            population=self._population,
+            state=progress.state,
+            memory=progress.memory,
+            personal=personal,
+            starts=progress.starts,
         )
 
     def _merge(self, round: Round, cohorts: Sequence[Cohort]) -> Step[Merged]:
-        """Runs the phases that the method's merge asks for."""
+        """Runs the phases that the method's merge asks for; nothing moves where nobody counts."""
+        if not cohorts:
+            return Merged(round.state, round.memory, [])
         phases = self._experiment.merge.phases(round, cohorts)
         try:
             phase = next(phases)
@@ -148,28 +159,41 @@ class Driver:
             merged: Merged = end.value
             return merged
 
-    def _kept(self, before: Progress, merged: Merged, number: int) -> Progress:
-        """The next weights and memory; what clients keep goes to disk at once."""
+    def _after(self, before: Progress, merged: Merged, step: clock.Step) -> Progress:
+        """The next weights, memory and time; what clients keep goes to disk at once."""
         for client, arrays in merged.personal.items():
-            self._folder.clients.save(client, number, arrays)
-        clients = before.clients | dict.fromkeys(merged.personal, number)
-        return replace(before, state=merged.state, memory=merged.memory, clients=clients)
+            self._folder.clients.save(client, step.round, arrays)
+        known = before.starts | {step.round: Start(before.state, before.memory)}
+        flight = step.after.flight
+        return replace(
+            before,
+            rounds=step.after.round,
+            state=merged.state,
+            memory=merged.memory,
+            clients=before.clients | dict.fromkeys(merged.personal, step.round),
+            flight=flight,
+            starts={version: known[version] for version in np.unique(flight.version).tolist()},
+            sim_time_s=step.end,
+        )
 
     def _phase(self, phase: Phase, number: int) -> Step[list[Any]]:
         """Runs a phase on the pools; what ``phase.take`` made of each result, in task order."""
         results: list[Any] = [None] * len(phase.tasks)
         yield Working(number, phase.name, 0, len(phase.tasks))
-        outcomes = self._pools.execute(phase.tasks, self._publish(phase.state))
+        outcomes = self._pools.execute(phase.tasks, self._publish(phase.states))
         for done, (position, outcome) in enumerate(outcomes, start=1):
             results[position] = phase.take(outcome.result)
             yield Working(number, phase.name, done, len(phase.tasks))
         return results
 
-    def _publish(self, state: Mapping[str, np.ndarray]) -> Any:
-        """The pools' handle of a state; the last one is remembered, since many phases read the same."""
-        if self._published is None or self._published[0] is not state:
-            self._published = state, self._pools.publish(state)
-        return self._published[1]
+    def _publish(self, states: Sequence[Mapping[str, np.ndarray]]) -> list[Any]:
+        """The pools' handle of each state. Those of the last phase, and weights in use, are remembered."""
+        read = {id(state): state for state in states}
+        known = {key: self._published[key] for key in self._published if key in read or key in self._in_use}
+        for key in read.keys() - known.keys():
+            known[key] = read[key], self._pools.publish(read[key])
+        self._published = known
+        return [known[id(state)][1] for state in states]
 
     def _evaluate(self, number: int, progress: Progress) -> Step[Record | None]:
         """Accuracy on held-out parts, where this round's turn has come."""
@@ -195,25 +219,16 @@ class Driver:
         counts = yield from self._phase(Phase("evaluate", tasks, round.state), number)
         return evaluation.accuracy(self._plan, counts)
 
-    def _record(
-        self,
-        number: int,
-        assignments: Sequence[Assignment],
-        reports: Sequence[CohortReport],
-        cost: RoundCost,
-        accuracy: Record | None,
-    ) -> Record:
-        """The round's line of rounds.jsonl; both clocks follow in :func:`_advance`."""
+    def _record(self, step: clock.Step, reports: Sequence[CohortReport], accuracy: Record | None) -> Record:
+        """The round's line of rounds.jsonl; the wall clock follows in :func:`_advance`."""
         phases, usage = self._watch.read(), self._pools.take_usage()
         record = {
-            "round": number,
-            "participants": [
-                {"client": a.client, "level": a.level, "seconds": float(seconds)}
-                for a, seconds in zip(assignments, cost.seconds, strict=True)
-            ],
+            "round": step.round,
+            "participants": participants(step.ended),
             "train_loss": _mean_loss(reports),
-            "bytes_down": int(cost.down.sum()),
-            "bytes_up": int(cost.up.sum()),
+            "bytes_down": int(step.ended.down.sum()),
+            "bytes_up": int(step.ended.up.sum()),
+            "sim_time_s": step.end,
             "retries": usage.retries,
             "wall": {
                 "phases": {phase: round(seconds, 4) for phase, seconds in phases.items()},
@@ -224,12 +239,16 @@ class Driver:
         }
         return record if accuracy is None else record | {"accuracy": accuracy}
 
-    def _commit(self, progress: Progress, record: Record) -> None:
+    def _commit(self, progress: Progress, record: Record, step: clock.Step) -> None:
         """A round is complete once its record is written; a checkpoint only ever follows its record."""
+        self._folder.timeline.append(step, self._pauses(step))
         self._folder.append_round(record)
         self._complete = progress
         if progress.rounds % self._config.checkpoint.every == 0 or progress.rounds == self._config.rounds:
             self._save(progress)
+
+    def _pauses(self, step: clock.Step) -> np.ndarray:
+        return intervals.pauses(step.ended, self._population.availability)
 
     def _save(self, progress: Progress) -> None:
         with self._saving:
@@ -239,6 +258,9 @@ class Driver:
         everyone = np.arange(self._config.clients.count)
         accuracy = yield from self._accuracy(self._config.rounds, progress, everyone, "test")
         self._watch.lap("test")
+        last = timeline.unfinished(progress.standing)
+        self._folder.finish_timeline(last, self._pauses(last))
+        self._watch.lap("record")
         summary = {
             "rounds": progress.rounds,
             "sim_time_s": progress.sim_time_s,
@@ -254,17 +276,15 @@ class Driver:
         return summary
 
 
-def _advance(before: Progress, cost: RoundCost, record: Record) -> Progress:
-    """Where the run stands after a round; puts both clocks into the round's record."""
+def _advance(after: Progress, record: Record) -> Progress:
+    """The totals after a round; puts the wall clock into the round's record."""
     progress = replace(
-        before,
-        rounds=before.rounds + 1,
-        sim_time_s=before.sim_time_s + cost.length,
-        wall_time_s=before.wall_time_s + sum(record["wall"]["phases"].values()),
-        bytes_down=before.bytes_down + record["bytes_down"],
-        bytes_up=before.bytes_up + record["bytes_up"],
+        after,
+        wall_time_s=after.wall_time_s + sum(record["wall"]["phases"].values()),
+        bytes_down=after.bytes_down + record["bytes_down"],
+        bytes_up=after.bytes_up + record["bytes_up"],
     )
-    record |= {"sim_time_s": progress.sim_time_s, "wall_time_s": progress.wall_time_s}
+    record |= {"wall_time_s": progress.wall_time_s}
     return progress
 
 

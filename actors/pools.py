@@ -37,8 +37,13 @@ class Pools(Protocol):
     def publish(self, state: Mapping[str, np.ndarray]) -> Any:
         """Makes a state known to all pools; the handle may serve any number of phases."""
 
-    def execute(self, tasks: Sequence[Task[Result]], state: Any) -> Iterator[tuple[int, Outcome[Result]]]:
-        """Runs a phase, longest tasks first; yields (position in ``tasks``, outcome) as they complete."""
+    def execute(
+        self, tasks: Sequence[Task[Result]], states: Sequence[Any]
+    ) -> Iterator[tuple[int, Outcome[Result]]]:
+        """Runs a phase, longest tasks first; yields (position in ``tasks``, outcome) as they complete.
+
+        ``states``: the handle of what each task reads.
+        """
 
     def take_usage(self) -> Usage:
         """What was used since the last call."""
@@ -61,10 +66,10 @@ class InlinePools:
         return state
 
     def execute(
-        self, tasks: Sequence[Task[Result]], state: Mapping[str, np.ndarray]
+        self, tasks: Sequence[Task[Result]], states: Sequence[Mapping[str, np.ndarray]]
     ) -> Iterator[tuple[int, Outcome[Result]]]:
         for position in longest_first(tasks):
-            outcome = self._worker.execute(tasks[position], state)
+            outcome = self._worker.execute(tasks[position], states[position])
             self._usage.busy_s += outcome.seconds
             yield position, outcome
 

@@ -75,7 +75,9 @@ class RayPools:
     def publish(self, state: Mapping[str, np.ndarray]) -> Any:
         return ray.put(state)
 
-    def execute(self, tasks: Sequence[Task[Result]], state: Any) -> Iterator[tuple[int, Outcome[Result]]]:
+    def execute(
+        self, tasks: Sequence[Task[Result]], states: Sequence[Any]
+    ) -> Iterator[tuple[int, Outcome[Result]]]:
         if not any(task.home in self._homes for task in tasks):
             self._homes.clear()  # another round, or tasks that any pool may run
         queue, attempts = deque(longest_first(tasks)), [0] * len(tasks)
@@ -83,7 +85,7 @@ class RayPools:
         last_done: dict[Any, float] = dict.fromkeys(self._idle, time.perf_counter())
         while queue or running:
             for pool, position in self._matched(queue, tasks):
-                running[pool.execute.remote(tasks[position], state)] = pool, position
+                running[pool.execute.remote(tasks[position], states[position])] = pool, position
             (done, *_), _ = ray.wait([*running, *self._starting], num_returns=1)
             if done in self._starting:
                 last_done[self._admit(done)] = time.perf_counter()

@@ -6,9 +6,9 @@ chain of models).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,19 +22,28 @@ from cluster_fl.seeding import Purpose, generator
 Allocation = Callable[[Round], np.ndarray]
 
 
-class SubmodelRule(Protocol):
-    """Chooses the channels and units of each participant's level."""
+class SubmodelRule(ABC):
+    """Chooses the channels and units of each participant's level.
 
+    Attributes:
+        resizes: submodels may be smaller than their level's.
+        nests: of one round, each level's submodel contains those of the smaller ones.
+    """
+
+    resizes = False
+    nests = False
+
+    @abstractmethod
     def submodels(self, round: Round, levels: np.ndarray) -> list[Submodel]:
         """One submodel a participant, of the shape of its level."""
 
+    @abstractmethod
     def serve(self, round: Round) -> list[Submodel]:
         """One submodel a level: the one that answers for the level when it is evaluated."""
 
 
-def assign(round: Round, allocation: Allocation, rule: SubmodelRule) -> list[Assignment]:
-    """What every participant trains, in client order."""
-    levels = allocation(round)
+def assign(round: Round, levels: np.ndarray, rule: SubmodelRule) -> list[Assignment]:
+    """What every participant trains at its level, in client order."""
     chosen = rule.submodels(round, levels)
     return [
         Assignment(int(client), int(level), submodel)
@@ -81,7 +90,7 @@ def _rng(round: Round, client: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(SubmodelRule):
     """The plan's own submodels, in every round."""
 
     def submodels(self, round: Round, levels: np.ndarray) -> list[Submodel]:

@@ -143,11 +143,22 @@ def _parse(override: str) -> DictConfig:
 
 def _merge(base: DictConfig, layer: Any, source: Any) -> DictConfig:
     try:
-        merged = OmegaConf.merge(base, layer)
+        merged = OmegaConf.merge(base, _named(base, OmegaConf.to_container(layer)))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise _explain(error, base, OmegaConf.to_container(source)) from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _named(base: Any, layer: Any) -> Any:
+    """The layer with a plain word for a section that has a name read as that name: ``time.policy: fedbuff``."""
+    if not isinstance(base, DictConfig):
+        return layer
+    if isinstance(layer, str) and "name" in base:
+        return {"name": layer}
+    if isinstance(layer, dict):
+        return {key: _named(base.get(key) if key in base else None, value) for key, value in layer.items()}
+    return layer
 
 
 def _explain(error: Exception, base: DictConfig, source: Any) -> UserError:

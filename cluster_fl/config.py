@@ -21,6 +21,9 @@ from cluster_fl.timing.schema import TimeConfig, check_time
 class ClientsConfig:
     count: int = option(100, "clients in the population", low=1)
     per_round: int = option(10, "clients drawn for each round, without replacement", low=1)
+    samples: int | None = option(
+        None, "simulate: training samples of each client; those of the partition when not given", low=1
+    )
 
 
 @dataclass
@@ -53,14 +56,17 @@ class LevelsConfig:
     shares: list[float] | None = option(None, "share of the clients at each level; equal when not given")
     order: str = option(
         "shuffled",
-        "who is at which level: at random, or by client number, the smallest level first (rising) or last",
-        choices=("shuffled", "rising", "falling"),
+        "who is at which level: at random; by client number, the smallest level first (rising) or last; or by the "
+        "speed of their devices, the slowest at the smallest level",
+        choices=("shuffled", "rising", "falling", "speed"),
     )
     draw: str = option(
         "fixed",
-        "which level a participant trains: its own; any, by shares (dynamic); one near its own (window)",
-        choices=("fixed", "dynamic", "window"),
+        "which level a participant trains: its own; any, by shares (dynamic); one near its own (window); the largest "
+        "that its device finishes in deadline_s",
+        choices=("fixed", "dynamic", "window", "deadline"),
     )
+    deadline_s: float | None = option(None, "deadline: seconds that a participant has", above=0)
     window: int = option(2, "window: how far from its own level a participant's may be", low=0)
     tolerance: float = option(0.1, "how far a level's cost may be from its budget, relative", low=0)
     metric: str = option("params", "what a budget counts", choices=("params", "macs", "both"))
@@ -310,6 +316,9 @@ def _check_together(config: Config) -> None:
     if config.train.correction.name == "feddyn" and config.aggregation.weights != "uniform":
         right = "must be uniform with train.correction.name=feddyn."
         raise UserError("aggregation.weights", config.aggregation.weights, right)
+    if levels.order == "speed" and config.time.devices.source == "levels":
+        right = "needs devices that are not made from levels; set time.devices.source, e.g. phones."
+        raise UserError("levels.order", "speed", right)
     _check_levels(levels, clients.count)
 
 
@@ -334,6 +343,8 @@ def _check_levels(levels: LevelsConfig, clients: int) -> None:
             raise UserError(
                 "levels.budgets", "given", "excludes levels.ratios and levels.shares: budgets decide both."
             )
+    if levels.draw == "deadline" and levels.deadline_s is None:
+        raise UserError("levels.deadline_s", None, "must be given for levels.draw=deadline, e.g. 600.")
     if levels.pairs is not None and not levels.pairs:
         raise UserError("levels.pairs", [], "must hold at least one pair, e.g. [{width: 1.0, depth: 9}].")
     count = level_count(levels)

@@ -117,6 +117,7 @@ class EvaluatePersonal:
             state=state,
             personal=self.personal,
             generator=torch_generator(worker.config.seed, Purpose.EVALUATE, self.round, self.client),
+            epochs=worker.config.train.epochs,
         )
         answer = worker.program.personalise(model, context)
         hits = right_answers(answer, worker, getattr(worker.shares, self.part)[self.client])

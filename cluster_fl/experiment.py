@@ -9,12 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from cluster_fl import methods
+from cluster_fl import assignment, methods
 from cluster_fl.assignment import Allocation, SubmodelRule
 from cluster_fl.config import Config, level_count
 from cluster_fl.data import datasets
 from cluster_fl.data.datasets import Dataset
-from cluster_fl.data.partition import partition
+from cluster_fl.data.partition import Shares, partition
 from cluster_fl.errors import RunError, UserError
 from cluster_fl.merging import Merge
 from cluster_fl.methods import Setting
@@ -25,7 +25,11 @@ from cluster_fl.nesting.extraction import extract, read
 from cluster_fl.nesting.plan import Plan, State
 from cluster_fl.population import Population
 from cluster_fl.seeding import Purpose, generator, sequence
-from cluster_fl.timing.clock import Devices
+from cluster_fl.timing import availability, devices, policies
+from cluster_fl.timing.deadline import Affordable
+from cluster_fl.timing.dispatch import Clock
+from cluster_fl.timing.fitting import memory_limits
+from cluster_fl.timing.policies import Policy
 from cluster_fl.training.program import LocalProgram
 
 
@@ -44,7 +48,13 @@ class Experiment:
     @cached_property
     def allocation(self) -> Allocation:
         """Which level each participant trains."""
-        return methods.get(self.config.method).allocation(self.config, self.plan)
+        levels, method = self.config.levels, methods.get(self.config.method)
+        if levels.draw != "fixed" and method.allocation is not assignment.allocation:
+            right = f"must be fixed: {self.config.method} decides by itself which level a participant trains."
+            raise UserError("levels.draw", levels.draw, right)
+        if levels.draw == "deadline":
+            return Affordable(self.program, levels.deadline_s)
+        return method.allocation(self.config, self.plan)
 
     @cached_property
     def rule(self) -> SubmodelRule:
@@ -55,6 +65,16 @@ class Experiment:
     def merge(self) -> Merge:
         """How the clients' updates become the next weights."""
         return methods.get(self.config.method).merge(self.config, self.plan)
+
+    @cached_property
+    def clock(self) -> Clock:
+        """What a round takes its clients."""
+        return Clock(self.config, self.plan, self.population, self.program, self.allocation, self.rule)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """When a round ends, and whose update counts."""
+        return policies.make(self.config.time.policy, self.config.clients.per_round)
 
     def sha256(self) -> str:
         """Hash of the plan, every client's level and every client's rows.
@@ -85,19 +105,68 @@ def prepare(config: Config) -> Experiment:
     plan = make_plan(config, datasets.describe(config.data))
     dataset = datasets.load(config.data, config.seed)
     shares = partition(dataset, config.data, config.clients.count, config.seed)
-    tier_of = tiers(config)
-    population = Population(
-        shares, tier_of, Devices.by_level(config.time.devices, tier_of, level_count(config.levels))
+    return checked(Experiment(config, dataset, plan, populate(config, plan, shares)))
+
+
+def checked(made: Experiment) -> Experiment:
+    """The same; what cannot be combined is told before anything is written.
+
+    Raises:
+        UserError: the method refuses an option, or does not go with the round policy.
+    """
+    for part in ("program", "allocation", "rule", "merge", "clock", "policy"):
+        getattr(made, part)
+    _check_policy(made)
+    return made
+
+
+def populate(config: Config, plan: Plan, shares: Shares, samples: np.ndarray | None = None) -> Population:
+    """The clients with their devices.
+
+    Args:
+        samples: how many each client trains on, (clients,), where nobody's rows are known.
+
+    Raises:
+        UserError: a device has not the memory for the smallest level, a table cannot be read, ...
+    """
+    count, tier_of = config.clients.count, tiers(config)
+    made = devices.make(config.time.devices, config.seed, count, tier_of, level_count(config.levels))
+    return Population(
+        shares=shares,
+        samples=np.array([len(rows) for rows in shares.train]) if samples is None else samples,
+        tier_of=tier_of,
+        largest=memory_limits(plan, made, config.train.batch_size, config.train.momentum > 0),
+        devices=made,
+        availability=availability.make(config.time.availability, config.seed, count),
     )
-    experiment = Experiment(config, dataset, plan, population)
-    for part in ("program", "allocation", "rule", "merge"):
-        getattr(experiment, part)  # what cannot be combined is told before anything is written
-    return experiment
+
+
+def _check_policy(made: Experiment) -> None:
+    fastest, deadline = made.clock.fastest(), made.config.time.policy.deadline_s
+    if made.config.time.policy.name == "deadline" and deadline is not None and fastest > deadline:
+        right = f"is met by nobody: the fastest client needs {fastest:.3g} s."
+        raise UserError("time.policy.deadline_s", deadline, right)
+    policy, name = made.config.time.policy, made.config.method
+    if policy.asynchronous and not made.merge.asynchronous:
+        right = (
+            f"must be a synchronous one: {name} needs all clients of a round to start from the same weights."
+        )
+        raise UserError("time.policy.name", policy.name, right)
+    correction = made.config.train.correction.name
+    if policy.switch and not made.rule.nests:
+        right = f"must be false: a level of {name} does not contain the next smaller one."
+        raise UserError("time.policy.switch", True, right)
+    if policy.switch and correction not in ("none", "proximal"):
+        right = f"must be false with train.correction.name={correction}, whose variates are those of one submodel."
+        raise UserError("time.policy.switch", True, right)
 
 
 def tiers(config: Config) -> np.ndarray:
     """Each client's device class, (clients,), from 1: the level that its budget affords."""
-    return levels.assign(config.levels, config.clients.count, generator(config.seed, Purpose.LEVELS))
+    speed = None
+    if config.levels.order == "speed":
+        speed = devices.make(config.time.devices, config.seed, config.clients.count, None, 0).flops
+    return levels.assign(config.levels, config.clients.count, generator(config.seed, Purpose.LEVELS), speed)
 
 
 def make_plan(config: Config, shape: tuple[tuple[int, int, int], int]) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def itself(result: Any) -> Any:
 
 @dataclass(frozen=True)
 class Phase:
-    """Tasks that may run side by side, all reading ``state``.
+    """Tasks that may run side by side, all reading ``state``, or each its own of several.
 
     ``take`` is called with each result as it arrives; the merge gets what it returns, in the order of the
     tasks. So sums need not be held until all are there.
@@ -37,8 +37,13 @@ class Phase:
 
     name: str
     tasks: Sequence[Task[Any]]
-    state: Mapping[str, np.ndarray]
+    state: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]]
     take: Callable[[Any], Any] = itself
+
+    @property
+    def states(self) -> Sequence[Mapping[str, np.ndarray]]:
+        """What each task reads."""
+        return [self.state] * len(self.tasks) if isinstance(self.state, Mapping) else self.state
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,15 @@ Phases = Generator[Phase, list[Any], Merged]
 
 
 class Merge(ABC):
-    """How a method merges a round. ``keeps_updates``: pools keep the clients' updates for further passes."""
+    """How a method merges a round.
+
+    Attributes:
+        keeps_updates: pools keep the clients' updates for further passes.
+        asynchronous: it can merge clients that started from different weights.
+    """
 
     keeps_updates = False
+    asynchronous = True
 
     def initial(self, state: State) -> State:
         """The server's memory before round 0."""
@@ -77,7 +88,7 @@ class Streaming(Merge):
         return self.step.initial(state)
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
-        collected = yield from collect(round, cohorts, self.step.sent(round.state, round.memory))
+        collected = yield from collect(round, cohorts, sent(round, cohorts, self.step))
         state, memory = self.step.apply(round.state, collected.mean, collected.extra, round.memory)
         return Merged(state, memory, collected.reports, collected.personal)
 
@@ -97,10 +108,20 @@ class Collected:
     personal: dict[int, State]
 
 
+def sent(round: Round, cohorts: Sequence[Cohort], step: ServerStep) -> list[State]:
+    """What each cohort starts from: the weights of the round that it started in, and what clients need besides."""
+    versions = {version: round.start(version) for version in {cohort.round for cohort in cohorts}}
+    published = {version: step.sent(start.state, start.memory) for version, start in versions.items()}
+    return [published[cohort.round] for cohort in cohorts]
+
+
 def collect(
-    round: Round, cohorts: Sequence[Cohort], published: Mapping[str, np.ndarray]
+    round: Round, cohorts: Sequence[Cohort], published: Sequence[State]
 ) -> Generator[Phase, list[Any], Collected]:
     """Trains the cohorts.
+
+    Args:
+        published: what each starts from (:func:`sent`).
 
     Raises:
         RunError: training diverged on a client.
@@ -119,7 +140,22 @@ def collect(
     _stop_on_divergence(reports, round.number)
     unit = cohorts[0].extra_weight if cohorts else 1.0
     sums = {key: total / unit for key, total in extra.sums().items()}
-    return Collected(mean.result(), sums, reports, personal)
+    return Collected(pulled(round, cohorts, mean.result()), sums, reports, personal)
+
+
+def pulled(round: Round, cohorts: Sequence[Cohort], mean: Mean) -> Mean:
+    """FedAsync's update: towards what a client trained, w + pull (w_client - w), instead of by what it learnt.
+
+    The mean is that client's update already times ``pull``.
+    """
+    if not round.pull or not cohorts:
+        return mean
+    before = round.start(cohorts[0].round).state
+    updates = {
+        key: np.where(mean.weights[key] > 0, update + round.pull * (before[key] - round.state[key]), 0.0)
+        for key, update in mean.updates.items()
+    }
+    return replace(mean, updates=updates)
 
 
 def _stop_on_divergence(reports: Sequence[CohortReport], number: int) -> None:

@@ -9,19 +9,29 @@ import numpy as np
 from cluster_fl.config import Config
 from cluster_fl.data.partition import Shares
 from cluster_fl.seeding import Purpose, generator
-from cluster_fl.timing.clock import Devices
+from cluster_fl.timing.availability import Availability
+from cluster_fl.timing.devices import Devices
 
 
 @dataclass(frozen=True)
 class Population:
-    shares: Shares
-    tier_of: np.ndarray  # (clients,), from 1: the class of each client's device
-    devices: Devices
+    """Arrays of shape (clients,).
 
-    def select(self, config: Config, round: int) -> np.ndarray:
-        """The participants of a round, rising; uniform without replacement."""
-        rng = generator(config.seed, Purpose.SELECT, round)
-        return np.sort(rng.choice(config.clients.count, config.clients.per_round, replace=False))
+    Attributes:
+        shares: whose samples are whose.
+        samples: how many each trains on.
+        tier_of: the class of each client's device, from 1.
+        largest: the largest level that its memory holds.
+        devices: what they can do.
+        availability: when they can take part.
+    """
+
+    shares: Shares
+    samples: np.ndarray
+    tier_of: np.ndarray
+    largest: np.ndarray
+    devices: Devices
+    availability: Availability
 
     def judges(self, config: Config, round: int) -> np.ndarray:
         """The clients whose held-out parts a round's evaluation reads, rising."""

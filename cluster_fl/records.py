@@ -8,7 +8,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ from safetensors.numpy import load_file, save_file
 from cluster_fl.compose import compose, fingerprint, to_yaml
 from cluster_fl.config import Config
 from cluster_fl.errors import RunError, UserError
+from cluster_fl.rounds import Start
+from cluster_fl.timing import trace
+from cluster_fl.timing.attempts import Attempts
+from cluster_fl.timing.policies import Standing, Step
+from cluster_fl.timing.timeline import Timeline
+
+# What of a run's progress is in files of its own beside meta.json.
+ARRAYS = ("state", "memory", "flight", "starts")
+# In the file of an earlier round's start, before the keys.
+STATE, MEMORY = "state/", "memory/"
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Progress:
 
     ``rounds`` are complete; times are seconds and bytes are totals since round 0. ``memory`` is the server's
     besides the weights, and ``clients`` says of each client with state of its own in which round it was kept.
+    ``flight`` are the clients at work, and ``starts`` what they started from, by round.
     ``device`` and ``experiment`` (:meth:`Experiment.sha256`) are what a resumed run must find as they were.
     """
 
@@ -34,12 +45,19 @@ class Progress:
     state: dict[str, np.ndarray]
     memory: dict[str, np.ndarray] = field(default_factory=dict)
     clients: dict[int, int] = field(default_factory=dict)
+    flight: Attempts = field(default_factory=Attempts.none)
+    starts: dict[int, Start] = field(default_factory=dict)
     sim_time_s: float = 0.0
     wall_time_s: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
     device: str = "cpu"
     experiment: str = ""
+
+    @property
+    def standing(self) -> Standing:
+        """Where the clock stands."""
+        return Standing(self.rounds, self.sim_time_s, self.flight)
 
 
 def weights_sha256(state: Mapping[str, np.ndarray]) -> str:
@@ -145,6 +163,16 @@ class RunFolder:
         """What clients keep between rounds."""
         return ClientStates(self.path / "clients")
 
+    @property
+    def timeline(self) -> Timeline:
+        """How every client spent its time."""
+        return Timeline(self.path)
+
+    def finish_timeline(self, last: Step, pauses: np.ndarray) -> None:
+        """Makes one file of it, and a trace if it is not too long; as :meth:`Timeline.finish`."""
+        self.timeline.finish(last, pauses)
+        trace.add(self.path, [record["sim_time_s"] for record in self.rounds()])
+
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The run's configuration. Raises UserError if this is no run folder."""
         if not self.config_file.exists():
@@ -199,13 +227,19 @@ class RunFolder:
         save_arrays(draft / "state.safetensors", progress.state)
         if progress.memory:
             save_arrays(draft / "memory.safetensors", progress.memory)
-        meta = {
-            f.name: getattr(progress, f.name) for f in fields(progress) if f.name not in ("state", "memory")
-        }
+        if len(progress.flight):
+            save_arrays(draft / "flight.safetensors", progress.flight.columns())
+        for version, start in progress.starts.items():
+            save_arrays(draft / _start_name(version), _start_arrays(start))
+        meta = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name not in ARRAYS}
         meta |= {
             "fingerprint": fingerprint(config),
             "weights_sha256": weights_sha256(progress.state),
             "memory_sha256": weights_sha256(progress.memory),
+            "flight_sha256": weights_sha256(progress.flight.columns()),
+            "starts_sha256": {
+                version: weights_sha256(_start_arrays(start)) for version, start in progress.starts.items()
+            },
         }
         write_text(draft / "meta.json", pretty(meta))
         os.replace(draft, target)
@@ -233,11 +267,21 @@ class RunFolder:
         try:
             meta = self._meta(found[-1])
             state = load_file(found[-1] / "state.safetensors")
-            remembered = found[-1] / "memory.safetensors"
-            memory = load_file(remembered) if remembered.exists() else {}
+            memory = _load_if_there(found[-1] / "memory.safetensors")
+            flight = replace(Attempts.none(), **_load_if_there(found[-1] / "flight.safetensors"))
+            versions = {int(version): sha for version, sha in meta.pop("starts_sha256").items()}
+            saved = {version: load_file(found[-1] / _start_name(version)) for version in versions}
             written = meta.pop("fingerprint")
-            expected = meta.pop("weights_sha256"), meta.pop("memory_sha256")
-            progress = Progress(state=state, memory=memory, **meta)
+            expected = (
+                meta.pop("weights_sha256"),
+                meta.pop("memory_sha256"),
+                meta.pop("flight_sha256"),
+                versions,
+            )
+            starts = {version: _start(arrays) for version, arrays in saved.items()}
+            if versions.keys() != set(flight.version.tolist()):
+                raise ValueError("it lacks the weights from which some clients started")
+            progress = Progress(state=state, memory=memory, flight=flight, starts=starts, **meta)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise RunError(
                 f"{found[-1]}: the checkpoint is damaged ({error}); remove it to go on from the one before."
@@ -248,7 +292,9 @@ class RunFolder:
                 self.path,
                 f"{found[-1].name} was written under another configuration than its config.yaml.",
             )
-        if expected != (weights_sha256(state), weights_sha256(memory)):
+        kept = {version: weights_sha256(arrays) for version, arrays in saved.items()}
+        sums = weights_sha256(state), weights_sha256(memory), weights_sha256(flight.columns()), kept
+        if expected != sums:
             raise RunError(
                 f"{found[-1]}: the weights do not match their checksum; remove it to go on from the one before."
             )
@@ -268,10 +314,31 @@ class RunFolder:
         return clients
 
     def rewind(self, rounds: int) -> None:
-        """Cuts ``rounds.jsonl`` back to the first ``rounds`` rounds."""
+        """Cuts ``rounds.jsonl`` and the timeline back to the first ``rounds`` rounds."""
+        self.timeline.rewind(rounds)
         kept = [record for record in self.rounds() if record["round"] < rounds]
         if self.rounds_file.exists():
             write_text(self.rounds_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _start_name(version: int) -> str:
+    return f"start-{version:05d}.safetensors"
+
+
+def _start_arrays(start: Start) -> dict[str, np.ndarray]:
+    memory = {MEMORY + key: array for key, array in start.memory.items()}
+    return {STATE + key: array for key, array in start.state.items()} | memory
+
+
+def _start(arrays: Mapping[str, np.ndarray]) -> Start:
+    state = {key.removeprefix(STATE): array for key, array in arrays.items() if key.startswith(STATE)}
+    memory = {key.removeprefix(MEMORY): array for key, array in arrays.items() if key.startswith(MEMORY)}
+    return Start(state, memory)
+
+
+def _load_if_there(file: Path) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = load_file(file) if file.exists() else {}
+    return arrays
 
 
 def _sync(path: Path) -> None:

@@ -26,6 +26,11 @@ class Purpose(IntEnum):
     ALLOCATE = 8
     CHANNELS = 9
     DISTIL = 10
+    STRAGGLE = 11
+    LOAD = 12
+    AVAILABILITY = 13
+    LOSS = 14
+    TIER = 15
 
 
 def sequence(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.SeedSequence:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster_fl.assignment import Planned
+from cluster_fl.assignment import Planned, SubmodelRule
 from cluster_fl.errors import UserError
 from cluster_fl.nesting.plan import Plan
 from cluster_fl.nesting.submodel import Submodel
@@ -47,7 +47,7 @@ def check_shared_norms(plan: Plan) -> None:
 
 
 @dataclass(frozen=True)
-class Rolling:
+class Rolling(SubmodelRule):
     """In round j, of K channels a level keeps those from j (or -j) on, around the end (FedRolex).
 
     One shift for all groups and clients. After K rounds each channel was kept as often as any other. A level

@@ -14,8 +14,9 @@ import numpy as np
 from cluster_fl.aggregation.angles import angles, factors, on_weight_grid, smoothed
 from cluster_fl.aggregation.nested import CoverageMean
 from cluster_fl.aggregation.server import ServerStep
-from cluster_fl.merging import Merge, Merged, Phase, Phases, collect
+from cluster_fl.merging import Merge, Merged, Phase, Phases, collect, pulled, sent
 from cluster_fl.nesting.plan import State
+from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.rounds import Round
 from cluster_fl.training.cohort import Cohort, Update
 from cluster_fl.training.passes import PART, Compare, Compared, Reweigh, Send, innermost, spread
@@ -54,36 +55,57 @@ class ByAngle(Merge):
         return self.step.initial(state) | {ANGLE: np.zeros(shape), COUNT: np.zeros(shape)}
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
-        start = self.step.sent(round.state, round.memory)
-        collected = yield from collect(round, cohorts, start)
-        levels, parts = _parts(round, cohorts)
+        started = sent(round, cohorts, self.step)
+        collected = yield from collect(round, cohorts, started)
+        nests = {
+            version: self.nest(round.seen_at(version), [one for one in cohorts if one.round == version])
+            for version in {cohort.round for cohort in cohorts}
+        }
+        levels = sorted({level for nest in nests.values() for level in nest})
         # Every phase has the weights that updates start from: a new pool trains its cohort once more.
-        seen = start | {PART + key: part for key, part in parts.items()}
+        seen = {
+            cohort.round: start | _parts(round, nests[cohort.round], levels)
+            for cohort, start in zip(cohorts, started, strict=True)
+        }
         if self.against == "pairwise":
             rows, seen = yield from self._each_other(cohorts, seen, len(levels))
         else:
-            seen = seen | {MEAN + key: update for key, update in collected.mean.updates.items()}
+            mean_update = {MEAN + key: update for key, update in collected.mean.updates.items()}
+            seen = {version: start | mean_update for version, start in seen.items()}
             rows = yield from _compare(cohorts, seen, (MEAN,), len(levels))
         weights = {member.client: member.weight for cohort in cohorts for member in cohort.members}
         counts, memory = self._weigh(rows, levels, weights, round.memory)
         mean = CoverageMean(round.state)
-        yield Phase("weigh", [Reweigh(cohort, counts) for cohort in cohorts], seen, mean.add)
-        state, memory = self.step.apply(round.state, mean.result(), collected.extra, memory)
+        tasks = [Reweigh(cohort, counts) for cohort in cohorts]
+        yield Phase("weigh", tasks, [seen[cohort.round] for cohort in cohorts], mean.add)
+        weighed = pulled(round, cohorts, mean.result())
+        state, memory = self.step.apply(round.state, weighed, collected.extra, memory)
         return Merged(state, memory, collected.reports, collected.personal)
 
+    def nest(self, round: Round, cohorts: Sequence[Cohort]) -> dict[int, Submodel]:
+        """The submodels of the levels in use among clients that started in ``round``."""
+        return {cohort.level: cohort.members[0].submodel for cohort in cohorts}
+
     def _each_other(
-        self, cohorts: Sequence[Cohort], seen: State, parts: int
-    ) -> Generator[Phase, list[Any], tuple[list[Compared], State]]:
-        sent: list[list[Update]] = yield Phase("send", [Send(cohort) for cohort in cohorts], seen)
-        updates = [update for part in sent for update in part]
-        names = tuple(f"{UPDATE}{update.client}/" for update in updates)
-        keys = [key.removeprefix(PART) for key in seen if key.startswith(PART)]
-        full = dict(seen)
-        for name, update in zip(names, updates, strict=True):
-            own = spread(update, seen)
-            full |= {name + key: own[key] if key in own else np.zeros(seen[key].shape) for key in keys}
-        rows = yield from _compare(cohorts, full, names, parts)
-        return rows, full
+        self, cohorts: Sequence[Cohort], seen: Mapping[int, State], parts: int
+    ) -> Generator[Phase, list[Any], tuple[list[Compared], dict[int, State]]]:
+        tasks = [Send(cohort) for cohort in cohorts]
+        replies: list[list[Update]] = yield Phase("send", tasks, [seen[cohort.round] for cohort in cohorts])
+        updates = [(update, seen[c.round]) for c, own in zip(cohorts, replies, strict=True) for update in own]
+        names = tuple(f"{UPDATE}{update.client}/" for update, _ in updates)
+        shapes = {
+            key.removeprefix(PART): array.shape
+            for state in seen.values()
+            for key, array in state.items()
+            if key.startswith(PART)
+        }
+        full: State = {}
+        for name, (update, state) in zip(names, updates, strict=True):
+            own = spread(update, state)
+            full |= {name + key: own[key] if key in own else np.zeros(shape) for key, shape in shapes.items()}
+        all_seen = {version: state | full for version, state in seen.items()}
+        rows = yield from _compare(cohorts, all_seen, names, parts)
+        return rows, all_seen
 
     def _weigh(
         self, rows: Sequence[Compared], levels: Sequence[int], weights: Mapping[int, float], memory: State
@@ -129,16 +151,16 @@ class ByAngle(Merge):
         return result
 
 
-def _compare(cohorts: Sequence[Cohort], state: State, references: tuple[str, ...], parts: int) -> Rows:
-    compared: list[list[Compared]] = yield Phase(
-        "compare", [Compare(cohort, references, parts) for cohort in cohorts], state
-    )
+def _compare(
+    cohorts: Sequence[Cohort], seen: Mapping[int, State], references: tuple[str, ...], parts: int
+) -> Rows:
+    tasks = [Compare(cohort, references, parts) for cohort in cohorts]
+    compared: list[list[Compared]] = yield Phase("compare", tasks, [seen[cohort.round] for cohort in cohorts])
     return [row for part in compared for row in part]
 
 
-def _parts(round: Round, cohorts: Sequence[Cohort]) -> tuple[list[int], dict[str, np.ndarray]]:
-    """The levels in use, rising, and the part of every element, by the state's key."""
-    submodels = {cohort.level: cohort.members[0].submodel for cohort in cohorts}
-    levels = sorted(submodels)
-    holdings = [round.plan.holding(level, submodels[level]) for level in levels]
-    return levels, innermost(holdings, round.state)
+def _parts(round: Round, nest: Mapping[int, Submodel], levels: Sequence[int]) -> State:
+    """The part of every element, a position in ``levels``, as it is published."""
+    holdings = [round.plan.holding(level, nest[level]) for level in levels if level in nest]
+    numbers = np.array([at for at, level in enumerate(levels) if level in nest] + [-1], dtype=np.int8)
+    return {PART + key: numbers[part] for key, part in innermost(holdings, round.state).items()}

@@ -9,6 +9,10 @@ python -m ops.bench overhead RUN_DIR [--plain]
     phase, and in everything else (dispatch, transfer, aggregation, records, checkpoints). With --plain
     the last recorded round's participants train once more without Ray, cohorts or partial sums: one
     process a pool, clients dealt longest first, an ordinary loop in torch's default memory layout
+
+python -m ops.bench clock [--clients N --rounds R --per-round K --availability phones] [key=value ...]
+    seconds and memory of the simulated clock without training, on one core, each population in a process
+    of its own; populations of 10^4 to 10^7 when none is named
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from cluster_fl.records import RunFolder
 from cluster_fl.seeding import Purpose, torch_generator
 from cluster_fl.training.program import SGD
 from cluster_fl.training.schedule import learning_rate
+from ops import bench_clock
 from ops.commands import split_words
 
 REPEATS = 5
@@ -54,6 +59,7 @@ def main() -> None:
     overhead.add_argument("folder", type=Path)
     overhead.add_argument("--plain", action="store_true")
     overhead.set_defaults(command=_overhead)
+    bench_clock.add(commands)
     args = parser.parse_args()
     args.command(args)
 

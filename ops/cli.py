@@ -82,6 +82,18 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(args)
 
 
+def _simulate(args: argparse.Namespace) -> int:
+    from ops.simulate import simulate
+
+    return simulate(args)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from ops.replay import replay
+
+    return replay(args)
+
+
 def _methods(args: argparse.Namespace) -> int:
     from ops.commands import methods
 
@@ -131,6 +143,30 @@ def _parser() -> argparse.ArgumentParser:
         debug=True,
         table=True,
     )
+    simulated = _add(
+        commands,
+        "simulate",
+        _simulate,
+        "Run the clock alone, without training: round times, waste, bytes, and who trains which part of the model.",
+        "cluster-fl simulate configs/simulate.yaml rounds=100 --policies wait,over_select,fedbuff",
+        ("CONFIG", "YAML files and key=value overrides"),
+        json=True,
+    )
+    simulated.add_argument(
+        "--policies", metavar="NAME,...", help="instead of time.policy.name, each of these"
+    )
+    simulated.add_argument(
+        "--timeline", action="store_true", help="write the timeline and its trace into run.root/run.name"
+    )
+    _add(
+        commands,
+        "replay",
+        _replay,
+        "Show what another synchronous round policy would have made of a recorded run's clients and times.",
+        "cluster-fl replay runs/quickstart time.policy.name=deadline time.policy.deadline_s=4",
+        ("RUN_DIR", "the run's folder, and overrides of time.policy.*"),
+        json=True,
+    )
     _add(
         commands,
         "methods",
@@ -155,7 +191,7 @@ def _add(
     debug: bool = False,
     table: bool = False,
     nargs: str = "+",
-) -> None:
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
     metavar, help_text = argument
     parser.add_argument("words", metavar=metavar, nargs=nargs, help=help_text)
@@ -167,6 +203,7 @@ def _add(
     if table:
         parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table as Markdown too")
     parser.set_defaults(command=command)
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):

@@ -38,7 +38,7 @@ MakeRunner = Callable[[Config, RunFolder, bool], Runner]
 
 def run(args: argparse.Namespace) -> int:
     config = absolute(compose(*split_words(args.words)))
-    folder = RunFolder(Path(config.run.root) / (config.run.name or _name(config, args.words)))
+    folder = RunFolder(Path(config.run.root) / (config.run.name or folder_name(config, args.words)))
     folder.refuse_existing()
     return _drive(config, folder, args, resume=False)
 
@@ -157,6 +157,7 @@ def absolute(config: Config) -> Config:
     return replace(config, data=data, run=replace(config.run, root=os.path.abspath(config.run.root)))
 
 
-def _name(config: Config, arguments: list[str]) -> str:
+def folder_name(config: Config, arguments: list[str]) -> str:
+    """Of a run that has no name."""
     stem = Path(next(a for a in arguments if "=" not in a)).stem
     return f"{stem}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"

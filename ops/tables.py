@@ -22,9 +22,9 @@ CANDIDATES = 8
 
 def show_plan(plan: Plan, config: Config, console: Console | None = None) -> None:
     """The levels, and what else the search could have chosen for each."""
-    console = console or _console()
+    console = console or wide_console()
     metric = config.levels.metric
-    table = _table("level", "width", "depth", "exits", "params", "MACs", "bytes", "cost / full", "clients")
+    table = columns("level", "width", "depth", "exits", "params", "MACs", "bytes", "cost / full", "clients")
     for level in plan.as_json()["levels"]:
         table.add_row(
             str(level["level"]), f"{level['width']:g}", str(level["depth"]), " ".join(map(str, level["exits"])),
@@ -37,7 +37,7 @@ def show_plan(plan: Plan, config: Config, console: Console | None = None) -> Non
     console.print(
         f"\nCandidates within {config.levels.tolerance:g} of each level's budget, best balanced first ({metric}):"
     )
-    candidates = _table("level", "width", "depth", "imbalance", "cost", "cost / budget")
+    candidates = columns("level", "width", "depth", "imbalance", "cost", "cost / budget")
     for number, feasible in enumerate(plan.candidates, start=1):
         for candidate in feasible[:CANDIDATES]:
             candidates.add_row(
@@ -53,8 +53,8 @@ def show_summary(
     plan: dict[str, Any], summary: dict[str, Any], folder: Path, console: Console | None = None
 ) -> None:
     """The end of a run: a row a level, then the totals and where everything is."""
-    console = console or _console()
-    table = _table("level", "width", "depth", "params", "MACs", "accuracy", "exit mean", "clients")
+    console = console or wide_console()
+    table = columns("level", "width", "depth", "params", "MACs", "accuracy", "exit mean", "clients")
     # A method of personal models alone has no accuracy of a level.
     accuracies = summary["accuracy"]["levels"] or [{} for _ in plan["levels"]]
     for level, accuracy in zip(plan["levels"], accuracies, strict=True):
@@ -76,7 +76,7 @@ def show_summary(
 
 def show_comparison(content: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
     """A row a method; the best and what is tied with it carry an asterisk."""
-    console = console or _console(240)
+    console = console or wide_console(240)
     made = sheet(content)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in made.header:
@@ -91,7 +91,7 @@ def show_comparison(content: Mapping[str, Any], folder: Path, console: Console |
 
 def show_methods(described: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """What can stand behind ``method`` and ``variant``, and below each the method's ``options``."""
-    console = console or _console(240)
+    console = console or wide_console(240)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("method, its options", "default", "meaning"):
         table.add_column(name)
@@ -137,14 +137,16 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
-def _table(*columns: str) -> Table:
+def columns(*names: str) -> Table:
+    """A table of numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
+    for column in names:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _console(width: int = 140) -> Console:
+def wide_console(width: int = 140) -> Console:
+    """The terminal, or so many columns where there is none."""
     console = Console(highlight=False)
     # Off a terminal rich would wrap at 80 columns, which breaks tables that people pipe.
     return console if console.is_terminal else Console(highlight=False, width=width)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster_fl.assignment import Planned, allocation, assign, dynamic, fixed, planned, window
+from cluster_fl.assignment import Planned, allocation, dynamic, fixed, planned, window
+from cluster_fl.errors import UserError
 from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.nesting.plan import Assignment, Plan
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.rounds import Round
-from tests.tiny import LEVELS, round_of, scattered, tiny
+from tests.tiny import LEVELS, assigned, round_of, scattered, select, tiny
 
 CLIENTS = 100
 
@@ -157,7 +159,7 @@ def test_the_configuration_names_the_draw(
 def test_assignments_are_in_client_order_with_the_plans_submodels(experiment: Experiment) -> None:
     plan, clients = experiment.plan, [4, 17, 80]
     round = round_of(experiment, {}, 0, clients)
-    found = assign(round, lambda _: np.array([3, 1, 2]), planned(experiment.config, plan))
+    found = assigned(round, lambda _: np.array([3, 1, 2]), planned(experiment.config, plan))
     assert found == [
         Assignment(c, v, plan.level(v).submodel) for c, v in zip(clients, (3, 1, 2), strict=True)
     ]
@@ -174,8 +176,56 @@ class Joint(Planned):
 
 def test_a_rule_sees_all_participants_and_their_levels(experiment: Experiment) -> None:
     plan: Plan = experiment.plan
-    found = assign(round_of(experiment, {}, 0, [9, 5, 7]), lambda _: np.array([2, 2, 1]), Joint())
+    found = assigned(round_of(experiment, {}, 0, [9, 5, 7]), lambda _: np.array([2, 2, 1]), Joint())
     assert [a.submodel for a in found] == [
         scattered(plan.anatomy, plan.level(v).submodel, 5) for v in (2, 2, 1)
     ]
     assert [a.submodel.shape for a in found] == [plan.level(v).submodel.shape for v in (2, 2, 1)]
+
+
+# Levels by device.
+
+SPEEDS = "time.devices.gflops=[8,1,5,2,7,3,6,4]"
+
+
+def test_slow_devices_get_small_levels(tmp_path: Path) -> None:
+    experiment = prepare(
+        tiny(
+            tmp_path,
+            "levels.order=speed",
+            "time.devices.source=values",
+            SPEEDS,
+            "levels.shares=[0.25,0.25,0.5]",
+        )
+    )
+    assert experiment.plan.level_of.tolist() == [3, 1, 3, 1, 3, 2, 3, 2]
+
+
+def test_the_order_of_speed_needs_speeds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^levels\.order=speed: needs devices"):
+        tiny(tmp_path, "levels.order=speed")
+
+
+def test_a_deadline_draws_what_is_done_in_time(tmp_path: Path) -> None:
+    devices = (
+        "time.devices.source=values",
+        "time.devices.gflops=[0.01,0.02,0.05,0.1,0.2,0.01,0.02,0.5]",
+        "clients.per_round=8",
+    )
+    experiment = prepare(tiny(tmp_path, "levels.draw=deadline", "levels.deadline_s=1.5", *devices))
+    round = select(round_of(experiment))
+    fixed_levels = dataclasses.replace(experiment.clock, allocation=fixed)
+    for client, level in zip(round.participants, experiment.allocation(round), strict=True):
+        seconds = []
+        for number in range(1, LEVELS + 1):
+            plan = dataclasses.replace(experiment.plan, level_of=np.full(8, number))
+            alone = dataclasses.replace(round, plan=plan, participants=np.array([client]))
+            done = dataclasses.replace(fixed_levels, plan=plan).dispatch(alone)
+            seconds.append(float(done.attempts(0, alone.participants, 0.0, np.inf).finish[0]))
+        assert level == max([n for n in range(1, LEVELS + 1) if seconds[n - 1] <= 1.5] or [1])
+    assert set(experiment.allocation(round).tolist()) == {1, 2, 3}
+
+
+def test_a_deadline_must_be_given(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^levels\.deadline_s"):
+        tiny(tmp_path, "levels.draw=deadline")

@@ -323,3 +323,152 @@ def test_the_fingerprint_ignores_where_and_how_fast_and_nothing_else(tmp_path: P
     incidental = {k for k, _, _ in leaves(config) if k.startswith(("cluster.", "checkpoint.", "run."))}
     assert ignored == incidental | {"data.root", "data.download"}
     assert len(incidental) == 9
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("time.policy=fedbuff", "time.policy.name=fedbuff"),
+        ("data.partition=shards", "data.partition.name=shards"),
+    ],
+)
+def test_a_word_for_a_section_is_its_name(tmp_path: Path, short: str, long: str) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("")
+    assert compose([file], [short]) == compose([file], [long])
+    key, _, word = short.partition("=")
+    file.write_text(f"{key.replace('.', ': {')}: {word}{'}' * key.count('.')}\n")
+    assert compose([file]) == compose([], [long])
+
+
+def named(policy: str, *more: str) -> tuple[str, ...]:
+    return (f"time.policy.name={policy}", *more)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "right"),
+    [
+        # Of 100 clients 10 take part in a round.
+        (named("fedbuff", "time.policy.concurrency=101"), "time.policy.concurrency", "only 100 clients"),
+        (named("fedasync", "time.policy.concurrency=101"), "time.policy.concurrency", "only 100 clients"),
+        (
+            named("semi_sync", "time.policy.period_s=1", "time.policy.concurrency=101"),
+            "time.policy.concurrency",
+            "only 100 clients",
+        ),
+        (named("fedbuff", "time.policy.buffer=101"), "time.policy.buffer", "only 100 clients"),
+        (
+            named("over_select", "time.policy.factor=10.1"),
+            "time.policy.factor",
+            "asks for 101 clients a round of 100",
+        ),
+        (named("tiers", "time.policy.tiers=11"), "clients.per_round", "a tier has only 9 clients"),
+        (named("tiers", "time.policy.tiers=101"), "clients.per_round", "a tier has only 0 clients"),
+        (
+            named("tiers", "time.policy.tier_shares=[0.5,0.5]"),
+            "time.policy.tier_shares",
+            "5 shares that sum to 1",
+        ),
+        (named("tiers", "time.policy.tier_shares=[]"), "time.policy.tier_shares", "5 shares that sum to 1"),
+        (
+            named("tiers", "time.policy.tiers=2", "time.policy.tier_shares=[1.5,-0.5]"),
+            "time.policy.tier_shares",
+            "2 shares that sum to 1",
+        ),
+        (
+            named("tiers", "time.policy.tiers=2", "time.policy.tier_shares=[0.5,0.4]"),
+            "time.policy.tier_shares",
+            "2 shares that sum to 1",
+        ),
+        (named("deadline"), "time.policy.deadline_s", "must be given for deadline"),
+        (named("semi_sync"), "time.policy.period_s", "must be given for semi_sync"),
+    ],
+)
+def test_a_policy_that_cannot_work(tmp_path: Path, overrides: tuple[str, ...], key: str, right: str) -> None:
+    error = refused(tmp_path, "", *overrides)
+    assert error.key == key
+    assert right in str(error)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        named("fedbuff", "time.policy.concurrency=100", "time.policy.buffer=100"),
+        named("over_select", "time.policy.factor=10"),
+        named("over_select", "time.policy.factor=1"),
+        named("tiers", "time.policy.tiers=10"),
+        named("tiers", "time.policy.tiers=3", "time.policy.tier_shares=[0.3333333,0.3333333,0.3333334]"),
+        named("deadline", "time.policy.deadline_s=.inf"),
+        named("fedasync", "time.policy.max_staleness=0", "time.policy.mixing=1", "time.policy.hinge=0"),
+        # Another policy's options do not matter.
+        named("wait", "time.policy.concurrency=101", "time.policy.buffer=101", "time.policy.factor=99"),
+    ],
+)
+def test_a_policy_at_its_limits(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    config = compose([file(tmp_path, "")], overrides)
+    assert compose([file(tmp_path, to_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "right"),
+    [
+        ("time.policy.name=fedbuf", "Did you mean fedbuff?"),
+        ("time.policy.name=sync", "must be one of wait, deadline"),
+        ("time.policy.late=smaler", "Did you mean smaller?"),
+        ("time.policy.staleness=polynom", "Did you mean polynomial?"),
+        ("time.stragglers.name=log_normal", "Did you mean lognormal?"),
+        ("time.availability.source=phone", "Did you mean phones?"),
+        ("time.availability.away=loose", "Did you mean lose?"),
+        ("time.devices.source=level", "Did you mean levels?"),
+        ("time.devices.source=csv", "must name the file"),
+        ("time.devices.source=fedscale", "must name the file"),
+        ("time.availability.source=csv", "must name the file"),
+        ("time.policy.deadline_s=0", "above 0"),
+        ("time.policy.deadline_s=-.inf", "finite"),
+        ("time.policy.deadline_s=.nan", "finite"),
+        ("time.policy.timeout_s=0", "above 0"),
+        ("time.policy.timeout_s=.inf", "finite"),
+        ("time.policy.period_s=-1", "above 0"),
+        ("time.policy.min_share=1.1", "at most 1"),
+        ("time.policy.min_share=-0.1", "at least 0"),
+        ("time.policy.factor=0.9", "at least 1"),
+        ("time.policy.factor=.inf", "finite"),
+        ("time.policy.tiers=0", "at least 1"),
+        ("time.policy.buffer=0", "at least 1"),
+        ("time.policy.buffer=-3", "at least 1"),
+        ("time.policy.concurrency=0", "at least 1"),
+        ("time.policy.max_staleness=-1", "at least 0"),
+        ("time.policy.exponent=0", "above 0"),
+        ("time.policy.hinge=-1", "at least 0"),
+        ("time.policy.mixing=0", "above 0"),
+        ("time.policy.mixing=1.5", "at most 1"),
+        ("time.dropout=-0.1", "at least 0"),
+        ("time.dropout=1.1", "at most 1"),
+        ("time.dropout=.nan", "finite"),
+        ("time.stragglers.rate=0", "above 0"),
+        ("time.stragglers.sigma=-1", "at least 0"),
+        ("time.stragglers.shape=0", "above 0"),
+        ("time.stragglers.slow_share=2", "at most 1"),
+        ("time.stragglers.slow_factor=0.5", "at least 1"),
+        ("time.load.stay=1.1", "at most 1"),
+        ("time.load.shares=[.nan]", "finite"),
+        ("time.availability.on_s=0", "at least 1"),
+        ("time.availability.off_s=-1", "at least 0"),
+        ("time.devices.utilisation=0", "above 0"),
+        ("time.devices.utilisation=1.5", "at most 1"),
+        ("time.devices.latency_s=-1", "at least 0"),
+        ("time.devices.gflops=[1,.nan]", "finite"),
+        ("time.devices.memory_mb=[.inf]", "finite"),
+    ],
+)
+def test_a_value_of_the_clock_that_cannot_be(tmp_path: Path, override: str, right: str) -> None:
+    key = override.partition("=")[0]
+    error = refused(tmp_path, "", override)
+    assert error.key in (key, f"{key.rpartition('.')[0]}.file")
+    assert right in str(error)
+
+
+def test_a_policy_that_has_no_such_option(tmp_path: Path) -> None:
+    error = refused(tmp_path, "", "time.policy.deadline=600")
+    assert error.key == "time.policy.deadline"
+    assert "Did you mean time.policy.deadline_s?" in str(error)

@@ -70,7 +70,7 @@ def driven(phases: Phases, next_worker: Callable[[Phase], Worker], backwards: bo
             worker, results = next_worker(phase), dict[int, object]()
             order = range(len(phase.tasks))
             for position in reversed(order) if backwards else order:
-                results[position] = phase.take(phase.tasks[position].run(worker, phase.state))
+                results[position] = phase.take(phase.tasks[position].run(worker, phase.states[position]))
             phase = phases.send([results[position] for position in order])
     except StopIteration as end:
         merged: Merged = end.value
@@ -110,7 +110,8 @@ def test_what_the_server_publishes_reaches_the_clients_and_not_the_weights(
 
     merged = driven(merge.phases(started, formed), noting)
     (phase,) = phases
-    assert phase.state.keys() == round.state.keys() | {CONTROL + key for key in round.state}
+    (sent,) = {id(state): state for state in phase.states}.values()
+    assert sent.keys() == round.state.keys() | {CONTROL + key for key in round.state}
     assert merged.state.keys() == round.state.keys()
     plain = driven(Streaming(Move()).phases(round, formed), lambda _: worker)
     assert bits(merged.state) == bits(plain.state)

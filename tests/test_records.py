@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from cluster_fl import records
 from cluster_fl.config import Config
 from cluster_fl.errors import RunError, UserError
 from cluster_fl.records import Progress, RunFolder, weights_sha256
+from cluster_fl.rounds import Start
+from cluster_fl.timing.attempts import Attempts
 from tests.tiny import tiny
 
 STATE = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([-0.0, 1.5], dtype=np.float32)}
@@ -26,7 +30,16 @@ STATE = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([-0.0,
 def progress(rounds: int, clients: dict[int, int] | None = None) -> Progress:
     state = {name: array + np.float32(rounds) for name, array in STATE.items()}
     memory = {"second/a": np.array([rounds / 3]), "control/b": state["b"]}
-    return Progress(rounds, state, memory, clients or {}, 1.5 * rounds, 2.5 * rounds, 3 * rounds, 4 * rounds)
+    return Progress(
+        rounds,
+        state,
+        memory,
+        clients or {},
+        sim_time_s=1.5 * rounds,
+        wall_time_s=2.5 * rounds,
+        bytes_down=3 * rounds,
+        bytes_up=4 * rounds,
+    )
 
 
 def same(one: Progress | None, other: Progress) -> bool:
@@ -35,11 +48,13 @@ def same(one: Progress | None, other: Progress) -> bool:
 
 def comparable(progress: Progress) -> dict[str, Any]:
     """With arrays by their bits."""
-    arrays = {
-        kind: {n: (a.dtype, a.shape, a.tobytes()) for n, a in getattr(progress, kind).items()}
-        for kind in ("state", "memory")
-    }
-    return {**vars(progress), **arrays}
+    arrays = {kind: bits(getattr(progress, kind)) for kind in ("state", "memory")}
+    starts = {version: (bits(start.state), bits(start.memory)) for version, start in progress.starts.items()}
+    return {**vars(progress), **arrays, "flight": bits(progress.flight.columns()), "starts": starts}
+
+
+def bits(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()}
 
 
 @pytest.fixture
@@ -392,3 +407,152 @@ def test_the_hash_of_client_states(folder: RunFolder) -> None:
     folder.clients.save(2, 5, kept(2, 5))
     assert folder.clients.sha256({1: 0, 2: 5, 11: 0}) != expected
     assert folder.clients.sha256({}) is None
+
+
+# Clients at work, and the weights that they started from.
+
+
+def at_work(*versions: int) -> Attempts:
+    """A client for each version: lost never or before it is done, and times that have no end in binary."""
+    count = len(versions)
+    whole = np.arange(count, dtype=np.int64)
+    times = {
+        name: (whole + 1) / 3 + at for at, name in enumerate(("start", "downloaded", "computed", "finish"))
+    }
+    lost = np.where(whole % 2, np.inf, 0.1)
+    numbers = {"client": 7 * whole, "level": whole + 1, "epochs": whole, "first": whole + 2}
+    sizes = {"down": whole + 2**40, "up": whole}
+    return Attempts(version=np.array(versions, dtype=np.int64), lost=lost, **numbers, **times, **sizes)
+
+
+def in_flight(rounds: int, *versions: int) -> Progress:
+    starts = {
+        version: Start(
+            {name: array - np.float32(version) for name, array in STATE.items()},
+            {"control/b": STATE["b"] * np.float32(version), "angles/count": np.array([version / 7])},
+        )
+        for version in set(versions)
+    }
+    return replace(progress(rounds), flight=at_work(*versions), starts=starts)
+
+
+@pytest.mark.parametrize("versions", [(3,), (0, 4, 4), (4, 2, 0), (99_999, 100_000, 3)])
+def test_clients_at_work_come_back_bit_for_bit(
+    folder: RunFolder, config: Config, versions: tuple[int, ...]
+) -> None:
+    """In the order in which they were, and with what each version started from."""
+    folder.save(config, in_flight(5, *versions))
+    found = folder.load(config)
+    assert same(found, in_flight(5, *versions))
+    assert found is not None
+    assert found.flight.version.tolist() == list(versions)
+    assert found.standing.flight is found.flight
+    assert (found.standing.round, found.standing.time) == (5, 7.5)
+    names = {f"start-{version:05d}.safetensors" for version in versions}
+    kept = {Path(name).name for name in content(folder.path / "checkpoints")}
+    assert kept == names | {"state.safetensors", "memory.safetensors", "flight.safetensors", "meta.json"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    moments=st.lists(st.floats(min_value=0, allow_nan=False), min_size=1, max_size=5),
+    client=st.integers(0, 2**62),
+)
+def test_any_moments_survive(
+    tmp_path_factory: pytest.TempPathFactory, moments: list[float], client: int
+) -> None:
+    """Also the infinite, and the smallest above zero."""
+    path = tmp_path_factory.mktemp("moments")
+    folder, config = RunFolder(path / "run"), tiny(path)
+    flight = replace(
+        at_work(*range(len(moments))), lost=np.array(moments), client=np.full(len(moments), client)
+    )
+    folder.save(config, replace(in_flight(1, *range(len(moments))), flight=flight))
+    found = folder.load(config)
+    assert found is not None
+    assert bits(found.flight.columns()) == bits(flight.columns())
+
+
+def test_a_start_without_memory(folder: RunFolder, config: Config) -> None:
+    kept = replace(in_flight(5, 4), starts={4: Start(STATE, {})})
+    folder.save(config, kept)
+    assert same(folder.load(config), kept)
+
+
+def test_keys_of_weights_and_memory_do_not_mix(folder: RunFolder, config: Config) -> None:
+    """Whatever they are called."""
+    odd = {"memory/b": STATE["b"], "state/a": STATE["a"], "level.2/memory/a": STATE["a"], "b": STATE["b"]}
+    kept = replace(in_flight(5, 4), starts={4: Start(odd, dict(reversed(odd.items())))})
+    folder.save(config, kept)
+    assert same(folder.load(config), kept)
+
+
+def test_each_checkpoint_has_its_own_starts(folder: RunFolder, config: Config) -> None:
+    """So that a damaged one can be removed."""
+    config.checkpoint.keep = 2
+    folder.save(config, in_flight(5, 3, 4))
+    folder.save(config, in_flight(6, 4, 5))
+    (folder.path / "checkpoints/round-00006/start-00005.safetensors").unlink()
+    with pytest.raises(RunError, match=r"round-00006.*remove it to go on from the one before"):
+        folder.load(config)
+    shutil.rmtree(folder.path / "checkpoints/round-00006")
+    assert same(folder.load(config), in_flight(5, 3, 4))
+
+
+DAMAGES = {"cut": cut, "flipped": flipped, "empty": lambda _: b"", "missing": None}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", ["flight", "start-00002", "start-00004"])
+def test_damaged_clients_at_work(
+    folder: RunFolder, config: Config, name: str, damage: Callable[[bytes], bytes] | None
+) -> None:
+    folder.save(config, in_flight(5, 2, 4))
+    file = folder.path / "checkpoints" / "round-00005" / f"{name}.safetensors"
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        file.unlink()
+    with pytest.raises(RunError, match=r"round-00005.*remove it to go on from the one before") as caught:
+        folder.load(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"starts_sha256": {}},
+        {"starts_sha256": []},
+        {"starts_sha256": {"two": "x"}},
+        {"starts_sha256": {"2": "x", "4": "y"}},
+        {"starts_sha256": {"3": "x"}},
+        {"flight_sha256": None},
+        {"flight_sha256": ""},
+    ],
+)
+def test_a_damaged_list_of_starts(folder: RunFolder, config: Config, change: dict[str, Any]) -> None:
+    folder.save(config, in_flight(5, 2, 4))
+    file = folder.path / "checkpoints" / "round-00005" / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(RunError, match=r"round-00005.*remove it to go on from the one before"):
+        folder.load(config)
+
+
+def test_another_checkpoints_clients_at_work(folder: RunFolder, config: Config) -> None:
+    """Files that are whole and do not belong here."""
+    config.checkpoint.keep = 2
+    folder.save(config, in_flight(5, 2, 4))
+    folder.save(config, in_flight(6, 4, 2))
+    first, second = (folder.path / f"checkpoints/round-0000{rounds}" for rounds in (5, 6))
+    (second / "flight.safetensors").write_bytes((first / "flight.safetensors").read_bytes())
+    with pytest.raises(RunError, match="checksum"):
+        folder.load(config)
+
+
+def test_columns_that_are_no_attempts(folder: RunFolder, config: Config) -> None:
+    kept = in_flight(5, 2)
+    folder.save(config, kept)
+    file = folder.path / "checkpoints" / "round-00005" / "flight.safetensors"
+    records.save_arrays(file, kept.flight.columns() | {"more": kept.flight.start})
+    with pytest.raises(RunError, match=r"round-00005.*damaged"):
+        folder.load(config)

@@ -17,15 +17,18 @@ import torch
 from actors.driver import Driver, MakePools
 from actors.events import Event
 from actors.pools import InlinePools
+from cluster_fl.assignment import Allocation, SubmodelRule, assign
 from cluster_fl.compose import compose
 from cluster_fl.config import Config
 from cluster_fl.data.partition import Shares
 from cluster_fl.experiment import Experiment
+from cluster_fl.merging import Phase
 from cluster_fl.nesting.anatomy import Anatomy
 from cluster_fl.nesting.plan import Assignment, State
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.records import RunFolder
 from cluster_fl.rounds import Round
+from cluster_fl.timing.attempts import Attempts
 from cluster_fl.training.worker import Worker
 
 TINY = """
@@ -68,6 +71,30 @@ def round_of(
     made, participants = experiment, np.array(list(clients), dtype=np.int64)
     start = made.initial_state() if state is None else state
     return Round(number, made.config, made.plan, made.population, start, {}, lambda _: {}, participants)
+
+
+def select(round: Round) -> Round:
+    """The round with participants, drawn from everybody."""
+    config, there = round.config, round.population.availability
+    nobody = np.zeros(0, dtype=np.int64)
+    clients = there.draw(config.seed, round.number, 0, config.clients.per_round, 0.0, nobody)
+    return replace(round, participants=clients)
+
+
+def assigned(round: Round, allocation: Allocation, rule: SubmodelRule) -> list[Assignment]:
+    """What every participant trains when nothing but the method decides."""
+    return assign(round, allocation(round), rule)
+
+
+def attempts_of(experiment: Experiment, round: Round) -> Attempts:
+    """What the round's participants do when they start at 0."""
+    return experiment.clock.dispatch(round).attempts(round.number, round.participants, 0.0, np.inf)
+
+
+def results(phase: Phase, worker: Worker) -> list[Any]:
+    """What a phase's merge gets when one worker runs it."""
+    each = zip(phase.tasks, phase.states, strict=True)
+    return [phase.take(worker.execute(task, state).result) for task, state in each]
 
 
 def planned(round: Round) -> list[Assignment]:

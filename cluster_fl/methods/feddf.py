@@ -34,7 +34,7 @@ import numpy as np
 from cluster_fl.aggregation.server import server_step
 from cluster_fl.config import Config
 from cluster_fl.errors import UserError
-from cluster_fl.merging import Merge, Phase, Phases, Streaming
+from cluster_fl.merging import Merge, Phase, Phases, Streaming, sent
 from cluster_fl.methods import decoupled, fedavg
 from cluster_fl.methods.base import Method, Setting
 from cluster_fl.nesting.plan import Plan
@@ -74,6 +74,7 @@ class Fusion(Streaming):
     settings: Distillation
     least: float
     keeps_updates = True
+    asynchronous = False
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
         merged = yield from super().phases(round, cohorts)
@@ -103,7 +104,7 @@ class Fusion(Streaming):
             nonlocal total, count
             total, count = total + taught.logits, count + taught.teachers
 
-        yield Phase("teach", tasks, self.step.sent(round.state, round.memory), take)
+        yield Phase("teach", tasks, sent(round, cohorts, self.step), take)
         unit = cohorts[0].extra_weight if cohorts else 1.0
         return (total / (count * unit)).astype(np.float32) if count else None
 

@@ -144,7 +144,7 @@ class OrderedDropout(LocalProgram):
         # torch's fused SGD cannot begin some momentum buffers later than others.
         for parameter in everything.parameters() if config.momentum else ():
             descent.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        for _ in range(config.epochs):
+        for _ in range(context.epochs):
             for x, y in context.batches(self.smallest_batch):
                 descent.down(self._loss(model, _drawn(lower, context.generator), x, y), len(y))
         also = {key: array for narrow in lower for key, array in narrow.read(plan).items()}

@@ -32,7 +32,7 @@ from cluster_fl.assignment import Planned
 from cluster_fl.config import Config
 from cluster_fl.errors import UserError
 from cluster_fl.evaluation import right_answers
-from cluster_fl.merging import Merge, Merged, Phases, collect
+from cluster_fl.merging import Merge, Merged, Phases, collect, sent
 from cluster_fl.methods.base import Method, Setting, always, check_correction, sgd
 from cluster_fl.methods.fedavg import full_plan
 from cluster_fl.models.layered import Layered
@@ -79,6 +79,8 @@ def plan(setting: Setting) -> Plan:
 
 class Own(Planned):
     """What is left of each participant's own model."""
+
+    resizes = True
 
     def submodels(self, round: Round, levels: np.ndarray) -> list[Submodel]:
         owns = (own_submodel(round.personal(int(client)), round.plan) for client in round.participants)
@@ -145,12 +147,13 @@ class Intersection(Merge):
     """Averages what all participants have, and gives the averages to all of them."""
 
     step: ServerStep
+    asynchronous = False
 
     def initial(self, state: State) -> State:
         return self.step.initial(state)
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
-        collected = yield from collect(round, cohorts, self.step.sent(round.state, round.memory))
+        collected = yield from collect(round, cohorts, sent(round, cohorts, self.step))
         agreed = {key: total == collected.mean.total for key, total in collected.mean.weights.items()}
         mean = _only(collected.mean, agreed)
         state, memory = self.step.apply(round.state, mean, collected.extra, round.memory)

@@ -9,7 +9,8 @@ formula and no number, and there is no code. What we decided:
   smallest if it has time for none. It keeps it for the whole round. Devices have no memory limit yet.
 - A channel is worth the L1 norm of what writes to it, from channels that are still there; all groups of one
   step are judged on the model of the step before. Network inputs and logits are never pruned.
-- The chain has the sizes in use in the round, largest first; a size is served from the chain of all sizes. With
+- The chain has the sizes in use in the round, largest first (asynchronous: all sizes, since who will be merged with
+  whom is not known yet); a size is served from the chain of all sizes. With
   ``options.mask_refresh_every`` above 1 the chain of all sizes is kept for so many rounds (0: for good).
 - What nobody holds in a round keeps its value and may come back.
 - "Angle" and "non-linear mapping" are FedAdp's (Wu & Wang 2021): the angle to the data-weighted mean update, averaged
@@ -32,7 +33,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster_fl.aggregation.server import server_step
-from cluster_fl.assignment import Allocation
+from cluster_fl.assignment import Allocation, SubmodelRule
 from cluster_fl.config import Config, PairConfig
 from cluster_fl.merging import Phases
 from cluster_fl.methods.base import Method, Setting, always, check_correction, sgd
@@ -112,13 +113,21 @@ def allocation(config: Config, plan: Plan) -> Allocation:
 
 
 @dataclass(frozen=True)
-class Progressive:
-    """Each level is pruned from the next larger one; ``every`` is ``options.mask_refresh_every``."""
+class Progressive(SubmodelRule):
+    """Each level is pruned from the next larger one.
+
+    Attributes:
+        every: ``options.mask_refresh_every``.
+        grid: the chain has all sizes, not those in use alone.
+    """
 
     every: int
+    grid: bool = False
+    nests = True
 
     def submodels(self, round: Round, levels: np.ndarray) -> list[Submodel]:
-        made = _pruned(round, levels) if self.every == 1 else self._lasting(round)
+        own = range(1, len(round.plan.levels) + 1) if self.grid else levels
+        made = _pruned(round, own) if self.every == 1 else self._lasting(round)
         return [made[int(level)] for level in levels]
 
     def serve(self, round: Round) -> list[Submodel]:
@@ -165,13 +174,19 @@ class Merging(ByAngle):
 
     rule: Progressive
 
+    def nest(self, round: Round, cohorts: Sequence[Cohort]) -> dict[int, Submodel]:
+        if not self.rule.grid:
+            return super().nest(round, cohorts)
+        levels = [level.number for level in round.plan.levels]
+        return dict(zip(levels, self.rule.submodels(round, np.array(levels)), strict=True))
+
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
         merged = yield from super().phases(round, cohorts)
         return replace(merged, memory=merged.memory | self.rule.remembered(round))
 
 
 def rule(config: Config, plan: Plan) -> Progressive:
-    return Progressive(config.options.mask_refresh_every)
+    return Progressive(config.options.mask_refresh_every, config.time.policy.asynchronous)
 
 
 def merge(config: Config, plan: Plan) -> Merging:

@@ -22,13 +22,19 @@ def ratios(levels: LevelsConfig) -> list[float]:
 
 
 def assign(
-    levels: LevelsConfig, clients: int, rng: np.random.Generator | np.random.RandomState
+    levels: LevelsConfig,
+    clients: int,
+    rng: np.random.Generator | np.random.RandomState,
+    speed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Level (from 1) of each client, shape (clients,).
 
     By budget where budgets are given; otherwise the clients in ``levels.order`` cut into contiguous chunks, one a
     level, sizes rounded to the nearest; in falling order they are rounded down and the smallest level takes the
     rest (HeteroFL's fixed mode). A share of 0 makes a level that only the server has.
+
+    Args:
+        speed: of each client's device, (clients,), for ``levels.order=speed``.
 
     Raises:
         UserError: a level would have no client.
@@ -38,7 +44,7 @@ def assign(
         return cluster(levels.budgets, count)
     shares = levels.shares if levels.shares is not None else [1 / count] * count
     bounds = _bounds(np.asarray(shares), clients, levels.order == "falling")
-    order, result = _order(levels.order, clients, rng), np.zeros(clients, dtype=np.int64)
+    order, result = _order(levels.order, clients, rng, speed), np.zeros(clients, dtype=np.int64)
     for level in range(1, count + 1):
         chunk = order[bounds[level - 1] : bounds[level]]
         if len(chunk) == 0 and shares[level - 1] > 0:
@@ -77,8 +83,13 @@ def cluster(budgets: list[float], count: int) -> np.ndarray:
     return result
 
 
-def _order(name: str, clients: int, rng: np.random.Generator | np.random.RandomState) -> np.ndarray:
+def _order(
+    name: str, clients: int, rng: np.random.Generator | np.random.RandomState, speed: np.ndarray | None
+) -> np.ndarray:
     """Client numbers, those of the smallest level first."""
+    if name == "speed":
+        assert speed is not None
+        return np.argsort(speed, kind="stable")
     if name == "shuffled":
         return rng.permutation(clients)
     return np.arange(clients) if name == "rising" else np.arange(clients)[::-1]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster_fl.rounds import Round
-from cluster_fl.timing.clock import client_seconds
-from cluster_fl.timing.load import loads
+from cluster_fl.timing.load import load
+from cluster_fl.timing.work import Charge, Work, roofline_batch
 from cluster_fl.training.program import LocalProgram
 
 
@@ -29,9 +29,9 @@ class Affordable:
 
     def __call__(self, round: Round) -> np.ndarray:
         config, clients = round.config, round.participants
-        busy = loads(config.time.load, config.seed, config.clients.count, round.number)
+        busy = load(config.time.load, config.seed, clients, round.number)
         limit = self.limit(round) if self.deadline is None else self.deadline
-        fits = level_seconds(round, self.program, clients, busy[clients]) <= limit
+        fits = level_seconds(round, self.program, clients, busy) <= limit
         largest = fits.shape[1] - np.argmax(fits[:, ::-1], axis=1)
         return np.where(fits.any(axis=1), largest, 1)
 
@@ -49,16 +49,11 @@ def level_seconds(round: Round, program: LocalProgram, clients: np.ndarray, busy
     Args:
         busy: share of each client's device that other work takes, (clients,).
     """
-    population, epochs = round.population, round.config.train.epochs
-    samples = np.array([len(population.shares.train[client]) for client in clients]) * epochs
-    columns = []
+    config, population = round.config, round.population
+    samples = population.samples[clients] * config.train.epochs
+    batch, columns = roofline_batch(config, population.devices), []
     for level in round.plan.levels:
-        effort = program.effort(level)
-        work = (
-            level.cost.macs * effort.compute,
-            level.cost.bytes * effort.down,
-            level.cost.bytes * effort.up,
-        )
-        macs, down, up = (np.full(len(clients), value, dtype=np.float64) for value in work)
-        columns.append(client_seconds(population.devices, clients, macs, down, up, samples, busy))
+        charge = [Charge.of(round.plan, program, level, batch=batch)]
+        work = Work.of(charge, np.zeros(len(clients), dtype=np.int64), population.devices, clients, samples)
+        columns.append(work.seconds + work.compute * busy / (1 - busy))
     return np.stack(columns, axis=1)

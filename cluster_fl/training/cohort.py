@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from cluster_fl.aggregation.exact import weight_unit
 from cluster_fl.aggregation.nested import PartialSum
@@ -57,13 +58,38 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """On what terms a client takes part, as the clock has it.
+
+    Attributes:
+        version: the round whose weights it started from.
+        scale: its update counts so many times (staleness).
+        epochs: that it trains; None: ``train.epochs``.
+        first: the assignment of its first epochs, if it went over to a smaller submodel, and how many they were.
+    """
+
+    version: int
+    scale: float = 1.0
+    epochs: int | None = None
+    first: tuple[Assignment, int] | None = None
+
+
+@dataclass(frozen=True)
 class Member:
-    """One client of a cohort. ``personal`` is what it kept from its last participation."""
+    """One client of a cohort.
+
+    Attributes:
+        personal: what it kept from its last participation.
+        scale, epochs, first: as in :class:`Terms`.
+    """
 
     client: int
     weight: float
     submodel: Submodel
     personal: State = field(default_factory=dict)
+    scale: float = 1.0
+    epochs: int | None = None
+    first: tuple[Assignment, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +97,9 @@ class Cohort:
     """Trains its members, each from the same state.
 
     Attributes:
-        number: of the cohort in its round.
+        round: in which its members started.
+        merged: the round that merges them.
+        number: of the cohort in that round.
         extra_weight: with what each client counts in the sum of what it sends besides its update.
         keep: the pool keeps the updates for further passes of the same round.
     """
@@ -83,10 +111,11 @@ class Cohort:
     extra_weight: float
     work: float
     keep: bool = False
+    merged: int | None = None
 
     @property
     def home(self) -> tuple[int, int]:
-        return self.round, self.number
+        return self.round if self.merged is None else self.merged, self.number
 
     @property
     def clients(self) -> tuple[int, ...]:
@@ -110,7 +139,7 @@ class Cohort:
                 if not extra.add(sent, changes, self.extra_weight):
                     refused.append(member.client)
         if self.keep:
-            worker.keep(self.round, self.number, kept)
+            worker.keep(*self.home, kept)
         losses, steps = tuple(t.loss for t in trained), tuple(t.steps for t in trained)
         report = CohortReport(self.clients, losses, steps, tuple(refused))
         personal = {
@@ -122,9 +151,9 @@ class Cohort:
 
     def updates(self, worker: Worker, state: Mapping[str, np.ndarray]) -> list[Update]:
         """What its clients sent in this round: kept by this pool, or trained once more from ``state``."""
-        if worker.kept(self.round, self.number) is None:
+        if worker.kept(*self.home) is None:
             replace(self, keep=True).run(worker, state)
-        updates: list[Update] = worker.kept(self.round, self.number)
+        updates: list[Update] = worker.kept(*self.home)
         return updates
 
     def empty(
@@ -143,23 +172,52 @@ class Cohort:
 def _train(
     cohort: Cohort, member: Member, worker: Worker, state: Mapping[str, np.ndarray]
 ) -> tuple[Update, Trained]:
-    plan = worker.plan
-    holding = plan.holding(cohort.level, member.submodel)
-    received = holding.gather(state)
-    module = worker.module(member.submodel)
-    load(module, received)
     generator = torch_generator(worker.config.seed, Purpose.TRAIN, cohort.round, member.client)
+    own = Assignment(member.client, cohort.level, member.submodel)
+    total = worker.config.train.epochs if member.epochs is None else member.epochs
+    if member.first is None:
+        update, done = _stage(cohort, member, worker, (state, state), (own, total), generator)
+        return _scaled(update, member.scale), done
+    larger, epochs = member.first
+    before, done = _stage(cohort, member, worker, (state, state), (larger, epochs), generator)
+    now = _moved(state, before)
+    update, then = _stage(cohort, member, worker, (now, state), (own, total - epochs), generator)
+    steps = done.steps + then.steps
+    loss = (done.loss * done.steps + then.loss * then.steps) / steps if steps else 0.0
+    return _scaled(update, member.scale), replace(then, loss=loss, steps=steps)
+
+
+def _stage(
+    cohort: Cohort,
+    member: Member,
+    worker: Worker,
+    states: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]],
+    what: tuple[Assignment, int],
+    generator: torch.Generator,
+) -> tuple[Update, Trained]:
+    """So many epochs of one submodel.
+
+    Args:
+        states: the weights that it begins with, and those that the update is counted from.
+        what: the submodel, and the epochs.
+    """
+    (state, origin), (assignment, epochs), plan = states, what, worker.plan
+    holding = plan.holding(assignment.level, assignment.submodel)
+    module = worker.module(assignment.submodel)
+    load(module, holding.gather(state))
+    received = holding.gather(origin)
     context = Context(
         worker=worker,
         round=cohort.round,
         client=member.client,
-        level=plan.level(cohort.level),
-        submodel=member.submodel,
+        level=plan.level(assignment.level),
+        submodel=assignment.submodel,
         holding=holding,
         received=received,
         state=state,
         personal=member.personal,
         generator=generator,
+        epochs=epochs,
     )
     done = worker.program.train(module.train(), context)
     after = read(module) | done.also
@@ -167,21 +225,48 @@ def _train(
     return Update(member.client, member.weight, holding, deltas, done.coverage), done
 
 
+def _scaled(update: Update, factor: float) -> Update:
+    if factor == 1:
+        return update
+    return replace(update, deltas={name: delta * factor for name, delta in update.deltas.items()})
+
+
+def _moved(state: Mapping[str, np.ndarray], update: Update) -> dict[str, np.ndarray]:
+    """The state as a client has it after an update of its own."""
+    now = dict(state)
+    for name, delta in update.deltas.items():
+        key, where = update.holding.keys[name], update.holding.where[name]
+        now[key] = now[key].copy()
+        now[key][where] += delta.astype(np.float32)
+    return now
+
+
 def _only(holding: Holding, names: Iterable[str]) -> Holding:
     return Holding({n: holding.keys[n] for n in names}, {n: holding.where[n] for n in names})
 
 
-def form(round: Round, assignments: Sequence[Assignment], program: LocalProgram, keep: bool) -> list[Cohort]:
-    """The cohorts of a round, by level and shape, and then in client order."""
+def form(
+    round: Round,
+    assignments: Sequence[Assignment],
+    program: LocalProgram,
+    keep: bool,
+    terms: Sequence[Terms] | None = None,
+) -> list[Cohort]:
+    """The cohorts of a round, by the round that they started in, level and shape, and then in client order.
+
+    Args:
+        terms: of each assignment; None: all start now and train all epochs.
+    """
     config, shares = round.config, round.population.shares
+    terms = [Terms(round.number)] * len(assignments) if terms is None else terms
     samples = [len(shares.train[a.client]) for a in assignments]
     counts = samples if config.aggregation.weights == "samples" else [1] * len(samples)
     unit, extra_weight = weight_unit(max(1, sum(counts))), weight_unit(max(1, len(assignments)))
-    alike: dict[tuple[int, Submodel], list[int]] = {}
-    for position, assignment in enumerate(assignments):
-        alike.setdefault((assignment.level, assignment.submodel.shape), []).append(position)
+    alike: dict[tuple[int, int, Submodel], list[int]] = {}
+    for position, (own, term) in enumerate(zip(assignments, terms, strict=True)):
+        alike.setdefault((term.version, own.level, own.submodel.shape), []).append(position)
     cohorts: list[Cohort] = []
-    for (number, _), positions in sorted(alike.items(), key=lambda item: (item[0][0], item[1])):
+    for (version, number, _), positions in sorted(alike.items(), key=lambda item: (*item[0][:2], item[1])):
         level = round.plan.level(number)
         each = level.cost.macs * config.train.epochs * program.effort(level).compute
         for start in range(0, len(positions), config.train.cohort_size):
@@ -192,9 +277,13 @@ def form(round: Round, assignments: Sequence[Assignment], program: LocalProgram,
                     weight=counts[i] * unit,
                     submodel=assignments[i].submodel,
                     personal=round.personal(assignments[i].client) if program.keeps_state else {},
+                    scale=terms[i].scale,
+                    epochs=terms[i].epochs,
+                    first=terms[i].first,
                 )
                 for i in chunk
             )
             work = float(sum(samples[i] for i in chunk) * each)
-            cohorts.append(Cohort(round.number, len(cohorts), number, members, extra_weight, work, keep))
+            made = Cohort(version, len(cohorts), number, members, extra_weight, work, keep, round.number)
+            cohorts.append(made)
     return cohorts

@@ -43,14 +43,24 @@ def nothing(model: nn.Module, distance: float, coverage: Mapping[str, np.ndarray
 class Drift:
     """The correction of one client's round.
 
-    ``offsets`` are arrays by tensor name.
+    ``offsets`` are arrays by tensor name; so are the weights ``near`` which ``mu`` holds the model, which are its
+    present ones where it does not say.
     """
 
     def __init__(
-        self, model: nn.Module, mu: float = 0.0, offsets: Mapping[str, np.ndarray] = {}, end: End = nothing
+        self,
+        model: nn.Module,
+        mu: float = 0.0,
+        offsets: Mapping[str, np.ndarray] = {},
+        end: End = nothing,
+        near: Mapping[str, np.ndarray] = {},
     ) -> None:
         self._model, self._mu, self._end = model, mu, end
-        self._starts = [(p, p.detach().clone()) for p in model.parameters()] if mu else []
+        self._starts = [
+            (p, torch.tensor(near[name], device=p.device) if name in near else p.detach().clone())
+            for name, p in model.named_parameters()
+            if mu
+        ]
         self._offsets = [
             (p, torch.tensor(offsets[name], device=p.device))
             for name, p in model.named_parameters()
@@ -101,7 +111,7 @@ class Proximal(Correction):
     mu: float
 
     def begin(self, model: nn.Module, context: Context) -> Drift:
-        return Drift(model, self.mu)
+        return Drift(model, self.mu, near=context.received)
 
 
 class Scaffold(Correction):

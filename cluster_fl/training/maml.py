@@ -60,9 +60,9 @@ class Meta(LocalProgram):
         return replace(self.inner.effort(level), compute=compute)
 
     def train(self, model: Layered, context: Context) -> Trained:
-        inner, config = self.inner, self.inner.train_config
+        inner = self.inner
         objective, descent = inner.objective.of(context), inner.descent(model, context)
-        for _ in range(config.epochs):
+        for _ in range(context.epochs):
             batches = list(context.batches(inner.smallest_batch))
             for group in grouped(batches, 2 if self.order == FIRST_ORDER else 3):
                 descent.step(self.descend(model, objective, group, context.progress), len(group[1][1]))

@@ -47,6 +47,7 @@ class Context:
         state: all that the server published, by the state's keys; read-only.
         personal: what the client kept from its last participation; empty at the first.
         generator: the only source of randomness.
+        epochs: how many it trains: ``train.epochs``, or fewer where the clock says so.
     """
 
     worker: Worker
@@ -59,6 +60,7 @@ class Context:
     state: Mapping[str, np.ndarray]
     personal: State
     generator: torch.Generator
+    epochs: int
 
     @property
     def rows(self) -> np.ndarray:
@@ -267,11 +269,10 @@ class SGD(LocalProgram):
 
     def fit(self, model: Layered, answer: Answer, context: Context) -> Trained:
         """Trains ``model``'s parameters by what ``answer``, which reads them, says (through masks, say)."""
-        config = self.train_config
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2] not in self.frozen)
         objective, descent = self.objective.of(context), self.descent(model, context)
-        for _ in range(config.epochs):
+        for _ in range(context.epochs):
             for x, y in context.batches(self.smallest_batch):
                 descent.down(objective(answer(x), y, context.progress), len(y))
         return descent.end(self.coverage(context, model))

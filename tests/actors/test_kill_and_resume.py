@@ -14,17 +14,22 @@ from cluster_fl.records import RunFolder
 from tests.processes import Command, line_count
 from tests.tiny import outcome, run_here, tiny, write_tiny
 
-Computed = tuple[list[dict[str, Any]], dict[str, Any]]
+Computed = tuple[Any, ...]
 ROUNDS = 6
 # Rounds of about a second, so that the kill comes long before the end.
 LONG = (f"rounds={ROUNDS}", "train.epochs=3")
+
+
+def left(path: Path) -> Computed:
+    """What a finished run computed, and its timeline to the byte."""
+    return *outcome(path), *((path / name).read_bytes() for name in ("timeline.parquet", "trace.json.gz"))
 
 
 @pytest.fixture(scope="module")
 def long_reference(tmp_path_factory: pytest.TempPathFactory) -> Computed:
     folder = tmp_path_factory.mktemp("long")
     run_here(tiny(folder, *LONG), folder / "run")
-    return outcome(folder / "run")
+    return left(folder / "run")
 
 
 def killed_and_resumed(folder: Path, after: int, run: list[str], resume: list[str]) -> int:
@@ -46,21 +51,21 @@ def killed_and_resumed(folder: Path, after: int, run: list[str], resume: list[st
 def test_kill_9(tmp_path: Path, long_reference: Computed, after: int) -> None:
     survived = killed_and_resumed(tmp_path, after, ["--debug"], ["--debug"])
     assert after <= survived < ROUNDS
-    assert outcome(tmp_path / "run") == long_reference
+    assert left(tmp_path / "run") == long_reference
 
 
 @pytest.mark.slow  # test_a_crash_at_any_write has checkpoints every second round as well
 def test_kill_9_between_checkpoints(tmp_path: Path, long_reference: Computed) -> None:
     """Three rounds are on disk and two are in the checkpoint, so the third is done again."""
     killed_and_resumed(tmp_path, 3, ["--debug", "checkpoint.every=2"], ["--debug", "checkpoint.every=4"])
-    assert outcome(tmp_path / "run") == long_reference
+    assert left(tmp_path / "run") == long_reference
 
 
 @pytest.mark.slow
 def test_kill_9_of_a_whole_ray_cluster(tmp_path: Path, long_reference: Computed) -> None:
     """Other pools after than before, and nothing of Ray is left."""
     killed_and_resumed(tmp_path, 1, ["cluster.pools=2"], ["cluster.pools=1"])
-    assert outcome(tmp_path / "run") == long_reference
+    assert left(tmp_path / "run") == long_reference
 
 
 # The same without processes: a crash at every single write.
@@ -74,7 +79,7 @@ class Crash(BaseException):
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Computed:
     folder = tmp_path_factory.mktemp("short")
     run_here(tiny(folder), folder / "run")
-    return outcome(folder / "run")
+    return left(folder / "run")
 
 
 def crashing(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> Callable[[], int]:
@@ -104,9 +109,9 @@ def writes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return found
 
 
-# config, plan, two checkpoints of two renames each, summary; and a sync before each but the folders', and three
-# rounds.
-WRITES = {"replace": 7, "fsync": 12}
+# config, plan, three rounds of the timeline, two checkpoints of two renames each, timeline, trace, summary; and a sync
+# before each but the folders', one more after each of the timeline's, and three rounds.
+WRITES = {"replace": 12, "fsync": 22}
 
 
 def test_the_list_of_writes_is_complete(writes: dict[str, int]) -> None:
@@ -115,7 +120,7 @@ def test_the_list_of_writes_is_complete(writes: dict[str, int]) -> None:
 
 # Every rename, and the sync of the first round's line; the other syncs fall between two renames.
 POINTS = [
-    pytest.param(name, at, marks=[] if name == "replace" or at == 2 else [pytest.mark.slow])
+    pytest.param(name, at, marks=[] if name == "replace" or at == 4 else [pytest.mark.slow])
     for name, count in WRITES.items()
     for at in range(count)
 ]
@@ -136,19 +141,19 @@ def test_a_crash_at_any_write(
         with pytest.raises(UserError, match="no run folder"):
             RunFolder(path).config()
     run_here(config, path, resume=begun)
-    assert outcome(path) == reference
+    assert left(path) == reference
 
 
 def test_a_run_may_be_resumed_again_and_again(tmp_path: Path, reference: Computed) -> None:
     path = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        crashing(patch, "fsync", 2)  # the first round's line
+        crashing(patch, "fsync", 4)  # the first round's line
         with pytest.raises(Crash):
             run_here(tiny(tmp_path), path)
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            crashing(patch, "fsync", 4)
+            crashing(patch, "fsync", 6)
             with pytest.raises(Crash):
                 run_here(tiny(tmp_path), path, resume=True)
     run_here(tiny(tmp_path), path, resume=True)
-    assert outcome(path) == reference
+    assert left(path) == reference

@@ -19,6 +19,7 @@ from actors.events import Finished, Planned, RoundDone, Working
 from actors.pools import InlinePools
 from actors.ray_pools import RayPools
 from actors.session import Session, connected
+from cluster_fl import enlisting
 from cluster_fl.aggregation.nested import PartialSum
 from cluster_fl.config import ClusterConfig
 from cluster_fl.errors import RunError, UserError
@@ -123,7 +124,7 @@ def test_the_published_state_is_never_written(tmp_path: Path) -> None:
         handle = pools.publish(experiment.initial_state())
         before = weights_sha256(ray.get(handle))
         tasks = everybodys(experiment)
-        results = dict(pools.execute(tasks, handle))
+        results = dict(pools.execute(tasks, [handle] * len(tasks)))
         assert sorted(results) == list(range(len(tasks)))
         assert weights_sha256(ray.get(handle)) == before == weights_sha256(experiment.initial_state())
     finally:
@@ -192,7 +193,7 @@ class RaisesUnpicklable(Saboteur):
 @pytest.fixture
 def sabotaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[type[Saboteur], int], Path]:
     """Makes the first cohort of a round a saboteur; returns the file in which that leaves its mark."""
-    original = cohort.form
+    original = enlisting.form
 
     def install(kind: type[Saboteur], round: int) -> Path:
         def form(*arguments: Any) -> list[Cohort]:
@@ -202,7 +203,7 @@ def sabotaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[type
                 cohorts[0] = kind(**values, mark=str(tmp_path / "mark"))
             return cohorts
 
-        monkeypatch.setattr(cohort, "form", form)
+        monkeypatch.setattr(enlisting, "form", form)
         return tmp_path / "mark"
 
     return install
@@ -333,7 +334,7 @@ def test_closing_ends_pools_that_are_busy(tmp_path: Path) -> None:
     pools = RayPools(experiment)
     handle = pools.publish(experiment.initial_state())
     tasks = everybodys(experiment)
-    phase = pools.execute(tasks, handle)
+    phase = pools.execute(tasks, [handle] * len(tasks))
     next(phase)
     pools.close()
     wait(lambda: ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"])

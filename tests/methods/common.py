@@ -68,15 +68,15 @@ class UnrulyPools:
         return state
 
     def execute(
-        self, tasks: Sequence[Task[Any]], state: Mapping[str, np.ndarray]
+        self, tasks: Sequence[Task[Any]], states: Sequence[Mapping[str, np.ndarray]]
     ) -> Iterator[tuple[int, Outcome[Any]]]:
         for position in self._rng.permutation(len(tasks)):
             at = int(self._rng.integers(self.count))
             if self._rng.random() < 0.2:
                 self._workers[at] = self._new()
             if self._rng.random() < 0.2:
-                self._workers[at].execute(tasks[position], state)
-            yield int(position), self._workers[at].execute(tasks[position], state)
+                self._workers[at].execute(tasks[position], states[position])
+            yield int(position), self._workers[at].execute(tasks[position], states[position])
 
     def take_usage(self) -> Usage:
         return Usage()

@@ -26,6 +26,7 @@ from cluster_fl.training.cohort import Cohort, form
 from cluster_fl.training.distillation import TEACHERS, Distillation, Teach, distil, divergence, public_rows
 from cluster_fl.training.worker import Worker
 from tests.tiny import outcome, planned, round_of, run_here, tiny, worker_of
+from tests.tiny import results as run_phase
 
 LEVELS = "levels.pairs=[{width: 0.5}, {width: 1.0}]"
 FEDDF = ("method=feddf", LEVELS, "data.public=60", "options.steps=6", "options.batch_size=25")
@@ -52,7 +53,7 @@ def play(experiment: Experiment, round: Round, workers: Iterator[Worker]) -> tup
     phase = next(phases)
     while True:
         seen[phase.name], worker = phase, next(workers)
-        results = [phase.take(worker.execute(task, phase.state).result) for task in phase.tasks]
+        results = run_phase(phase, worker)
         try:
             phase = phases.send(results)
         except StopIteration as end:

@@ -21,7 +21,7 @@ from cluster_fl.nesting.windows import leading, rolled
 from cluster_fl.rounds import Round
 from cluster_fl.selection import Rolling, leading_channels
 from tests.nesting.test_submodels import MODELS, made, masked
-from tests.tiny import outcome, run_here, tiny
+from tests.tiny import outcome, run_here, select, tiny
 
 WIDTHS = "levels.pairs=[{width: 0.3}, {width: 0.5}, {}]"
 
@@ -31,7 +31,7 @@ def experiment(folder: Path, *overrides: str) -> Experiment:
 
 
 def view(made: Experiment, state: State, number: int) -> Round:
-    return Round(number, made.config, made.plan, made.population, state, {}, lambda client: {}).select()
+    return select(Round(number, made.config, made.plan, made.population, state, {}, lambda client: {}))
 
 
 def held(channels: Channels) -> list[int]:

@@ -18,10 +18,10 @@ from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.nesting.extraction import load
 from cluster_fl.nesting.plan import State
 from cluster_fl.nesting.submodel import kept
-from cluster_fl.timing.rounds import round_cost
 from cluster_fl.training.cohort import Cohort, Update, form
 from cluster_fl.training.masks import Through, largest, layers
-from tests.tiny import outcome, planned, round_of, run_here, tiny, worker_of
+from tests.tiny import attempts_of, outcome, planned, round_of, run_here, tiny, worker_of
+from tests.tiny import results as run_phase
 
 SHARES = (0.1, 0.4, 1.0)
 FIARSE = ("method=fiarse", "levels.pairs=null", f"levels.ratios={list(SHARES)}")
@@ -153,7 +153,7 @@ def next_state(experiment: Experiment, clients: Iterable[int] = CLIENTS) -> Stat
     round, worker = round_of(experiment, clients=clients), worker_of(experiment)
     phases = experiment.merge.phases(round, form(round, planned(round), experiment.program, False))
     phase = next(phases)
-    results = [phase.take(worker.execute(task, phase.state).result) for task in phase.tasks]
+    results = run_phase(phase, worker)
     with pytest.raises(StopIteration) as end:
         phases.send(results)
     state: State = end.value.value.state
@@ -222,13 +222,12 @@ def test_a_pools_module_stays_what_it_was(tmp_path: Path) -> None:
 def test_kept_values_and_a_bit_an_element_travel(tmp_path: Path) -> None:
     experiment = made(tmp_path)
     round = round_of(experiment, clients=CLIENTS)
-    assignments = planned(round)
-    cost = round_cost(round, assignments, experiment.program)
+    cost = attempts_of(experiment, round)
     dense = experiment.plan.level(1).cost
     names = [name for group in layers(experiment.plan.anatomy) for name in group]
     count = len(magnitudes(round.state, names))
-    for assignment, down, up in zip(assignments, cost.down, cost.up, strict=True):
-        values = dense.bytes - 4 * (count - kept(count, SHARES[assignment.level - 1]))
+    for level, down, up in zip(cost.level, cost.down, cost.up, strict=True):
+        values = dense.bytes - 4 * (count - kept(count, SHARES[level - 1]))
         expected = min(dense.bytes, values + -(-count // 8))
         assert abs(down - expected) <= 1  # whole bytes of a share
         assert up == down

@@ -60,6 +60,7 @@ def client(worker: Worker, state: State, level: int) -> tuple[Layered, Context]:
         state=state,
         personal={},
         generator=generator,
+        epochs=worker.config.train.epochs,
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from actors.driver import Driver
 from actors.events import RoundDone
 from actors.pools import InlinePools
-from cluster_fl.assignment import assign
 from cluster_fl.compose import compose
 from cluster_fl.config import Config
 from cluster_fl.errors import UserError
@@ -26,11 +25,11 @@ from cluster_fl.nesting.plan import State
 from cluster_fl.nesting.submodel import Submodel, gather, index_map, prefix
 from cluster_fl.records import RunFolder
 from cluster_fl.rounds import Round
-from cluster_fl.timing.rounds import round_cost
 from cluster_fl.training.cohort import Cohort, form
 from cluster_fl.training.own import own_model, own_submodel, own_tensors, pack
 from cluster_fl.training.program import Context
-from tests.tiny import lines, outcome, run_here, worker_of
+from tests.tiny import assigned, attempts_of, lines, outcome, run_here, worker_of
+from tests.tiny import results as run_phase
 
 OWN = """
 method: hermes
@@ -59,13 +58,13 @@ def begun(experiment: Experiment, personal: Callable[[int], State]) -> Round:
 
 
 def merged(experiment: Experiment, round: Round) -> tuple[list[Cohort], Merged]:
-    assignments = assign(round, experiment.allocation, experiment.rule)
+    assignments = assigned(round, experiment.allocation, experiment.rule)
     cohorts = form(round, assignments, experiment.program, keep=False)
     phases, worker = experiment.merge.phases(round, cohorts), worker_of(experiment)
     try:
         phase = next(phases)
         while True:
-            phase = phases.send([phase.take(task.run(worker, phase.state)) for task in phase.tasks])
+            phase = phases.send(run_phase(phase, worker))
     except StopIteration as end:
         result: Merged = end.value
         return cohorts, result
@@ -133,7 +132,7 @@ def trained(
         alone = replace(round, participants=np.array([client]))
         worker = worker_of(experiment)
         (cohort,) = form(
-            alone, assign(alone, experiment.allocation, experiment.rule), experiment.program, False
+            alone, assigned(alone, experiment.allocation, experiment.rule), experiment.program, False
         )
         result[client] = own_tensors(cohort.run(worker, round.state).personal[client])
     return result
@@ -173,8 +172,7 @@ def test_a_client_prunes_by_steps_and_never_beyond_the_target(tmp_path: Path) ->
     round, sizes, costs = begun(experiment, lambda client: states.get(client, {})), [], []
     for number in range(5):
         round = replace(round, number=number, participants=np.arange(4))
-        chosen = assign(round, experiment.allocation, experiment.rule)
-        costs.append(round_cost(round, chosen, experiment.program))
+        costs.append(attempts_of(experiment, round))
         _, found = merged(experiment, round)
         for client in range(4):
             old = own_submodel(states.get(client, {}), experiment.plan) or experiment.plan.level(1).submodel
@@ -194,7 +192,7 @@ def test_a_client_prunes_by_steps_and_never_beyond_the_target(tmp_path: Path) ->
     assert sizes[-1] == [least(group.size) for group in groups]
     for one, other in pairwise(costs[:4]):
         assert (other.up < one.up).all()
-        assert (other.seconds < one.seconds).all()
+        assert (other.finish < one.finish).all()
     assert costs[-1].up[0] < 0.5 * costs[0].up[0]
 
 
@@ -263,6 +261,7 @@ def test_an_own_model_answers_for_its_client(tmp_path: Path) -> None:
         {},
         pack(1, submodel, tensors),
         torch.Generator(),
+        1,
     )
     model = own_model(context)
     assert model is not None

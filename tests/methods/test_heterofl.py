@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cluster_fl import evaluation
 from cluster_fl.aggregation.nested import aggregate
-from cluster_fl.assignment import assign
 from cluster_fl.experiment import Experiment, prepare, tiers
 from cluster_fl.models.layered import Layered
 from cluster_fl.models.norm import Scaler
@@ -26,7 +25,7 @@ from cluster_fl.seeding import Purpose, generator
 from cluster_fl.training.cohort import form
 from cluster_fl.training.objectives import CrossEntropy, MaskedCrossEntropy
 from cluster_fl.training.worker import Worker
-from tests.tiny import outcome, run_here, tiny, worker_of
+from tests.tiny import assigned, outcome, run_here, select, tiny, worker_of
 
 WIDTHS = "levels.pairs=[{width: 0.25}, {width: 0.5}, {}]"
 CLASSES = 10
@@ -108,8 +107,8 @@ def test_rows_of_absent_classes_are_not_spoken_for(rows: bool, tmp_path: Path) -
     few = ("data.partition.name=classes", "data.partition.classes=[2]", "clients.per_round=3")
     experiment = made(tmp_path, *few, "train.cohort_size=4", f"options.label_rows={str(rows).lower()}")
     worker, state = worker_of(experiment), experiment.initial_state()
-    round = view(experiment, state).select()
-    cohorts = form(round, assign(round, experiment.allocation, experiment.rule), experiment.program, True)
+    round = select(view(experiment, state))
+    cohorts = form(round, assigned(round, experiment.allocation, experiment.rule), experiment.program, True)
     after = aggregate(state, [one.run(worker, state).partial for one in cohorts])
     spoken = set().union(*(held_classes(experiment, int(client)) for client in round.participants))
     nobodys = sorted(set(range(CLASSES)) - spoken)
@@ -130,7 +129,7 @@ def test_weight_decay_of_rows_that_nobody_has_does_not_arrive(tmp_path: Path) ->
     run_here(experiment.config, tmp_path / "run")
     before = experiment.initial_state()["head.linear.weight"]
     after = load_file(tmp_path / "run/checkpoints/round-00001/state.safetensors")["head.linear.weight"]
-    who = view(experiment, {}).select().participants
+    who = select(view(experiment, {})).participants
     mine = set().union(*(held_classes(experiment, int(client)) for client in who))
     assert {row for row in range(CLASSES) if not np.array_equal(after[row], before[row])} == mine
 
@@ -144,8 +143,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Worke
     few = ("data.partition.name=classes", "data.partition.classes=[3]", "train.batch_size=32")
     experiment = made(tmp_path_factory.mktemp("tiny"), *few)
     worker, state = worker_of(experiment), experiment.initial_state()
-    round = view(experiment, state).select()
-    cohorts = form(round, assign(round, experiment.allocation, experiment.rule), experiment.program, False)
+    round = select(view(experiment, state))
+    cohorts = form(round, assigned(round, experiment.allocation, experiment.rule), experiment.program, False)
     return experiment, worker, aggregate(state, [one.run(worker, state).partial for one in cohorts])
 
 
@@ -275,7 +274,7 @@ def test_fixed_and_dynamic_levels(tmp_path: Path) -> None:
     assert np.bincount(tiers(fixed)).tolist() == [0, 34, 33, 33]
     assert tiers(fixed).tolist() == [3] * 33 + [2] * 33 + [1] * 34
     dynamic = made(tmp_path, "levels.draw=dynamic", "levels.shares=[0.25,0.25,0.5]")
-    rounds = [view(dynamic, {}, number).select() for number in range(100)]
+    rounds = [select(view(dynamic, {}, number)) for number in range(100)]
     drawn = [dynamic.allocation(round) for round in rounds]
     assert np.bincount(np.concatenate(drawn), minlength=4)[1:] / 600 == pytest.approx(
         [0.25, 0.25, 0.5], abs=0.06
@@ -317,8 +316,10 @@ def test_masked_loss_is_what_clients_train(tmp_path: Path) -> None:
     few = ("data.partition.name=classes", "data.partition.classes=[2]", "train.lr=0", "model.norm=none")
     experiment = made(tmp_path, *few, "clients.per_round=1", "train.batch_size=1000")
     worker, state = worker_of(experiment), experiment.initial_state()
-    round = view(experiment, state).select()
-    (cohort,) = form(round, assign(round, experiment.allocation, experiment.rule), experiment.program, False)
+    round = select(view(experiment, state))
+    (cohort,) = form(
+        round, assigned(round, experiment.allocation, experiment.rule), experiment.program, False
+    )
     (loss,) = cohort.run(worker, state).report.losses
     model = worker.fresh(cohort.members[0].submodel).train()
     load(model, experiment.plan.holding(cohort.level).gather(state))

@@ -9,7 +9,6 @@ import pytest
 
 from cluster_fl.aggregation.nested import Mean, moved
 from cluster_fl.aggregation.server import Move
-from cluster_fl.assignment import assign
 from cluster_fl.compose import compose
 from cluster_fl.errors import UserError
 from cluster_fl.experiment import Experiment, make_plan, prepare
@@ -19,7 +18,8 @@ from cluster_fl.nesting.plan import Plan
 from cluster_fl.rounds import Round
 from cluster_fl.training.cohort import form
 from cluster_fl.training.worker import Worker
-from tests.tiny import outcome, round_of, run_here, tiny, worker_of
+from tests.tiny import assigned, outcome, round_of, run_here, select, tiny, worker_of
+from tests.tiny import results as run_phase
 
 DEPTHS = "levels.pairs=[{depth: 1}, {depth: 2}, {}]"
 INCLUSIVE = ("method=inclusivefl", DEPTHS)
@@ -58,10 +58,10 @@ def test_heads_and_last_units_exist_once_a_level(tmp_path: Path) -> None:
 
 
 def merged(made: Experiment, round: Round, worker: Worker) -> dict[str, np.ndarray]:
-    cohorts = form(round, assign(round, made.allocation, made.rule), made.program, False)
+    cohorts = form(round, assigned(round, made.allocation, made.rule), made.program, False)
     phases = made.merge.phases(round, cohorts)
     phase = next(phases)
-    results = [phase.take(task.run(worker, phase.state)) for task in phase.tasks]
+    results = run_phase(phase, worker)
     with pytest.raises(StopIteration) as end:
         phases.send(results)
     state: dict[str, np.ndarray] = end.value.value.state
@@ -70,10 +70,10 @@ def merged(made: Experiment, round: Round, worker: Worker) -> dict[str, np.ndarr
 
 def test_all_shared_and_beta_0_is_the_mean_over_depth_prefixes(tmp_path: Path) -> None:
     made = prepare(tiny(tmp_path, *INCLUSIVE, "options.beta=0", "options.own_unit=false", "rounds=1"))
-    round, worker = round_of(made).select(), worker_of(made)
+    round, worker = select(round_of(made)), worker_of(made)
     found = merged(made, round, worker)
     assert not any(key.startswith("level.") for key in round.state)
-    cohorts = form(round, assign(round, made.allocation, made.rule), made.program, True)
+    cohorts = form(round, assigned(round, made.allocation, made.rule), made.program, True)
     weight = dict.fromkeys(round.state, 0.0)
     total = {key: np.zeros(array.shape) for key, array in round.state.items()}
     for cohort in cohorts:

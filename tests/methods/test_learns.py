@@ -12,9 +12,9 @@ from tests.methods.common import small
 from tests.tiny import outcome, run_here
 
 # Enough to learn digits.
-ENOUGH = ("rounds=6", "clients.per_round=6", "train.epochs=2", "train.batch_size=8", "evaluate.every=6")
+ENOUGH = ("rounds=5", "clients.per_round=6", "train.epochs=2", "train.lr=0.2", "evaluate.every=5")
 # Group norms of four channels learn more slowly.
-MORE = {"depthfl": ("model.options.widths=[8,16,32]", "rounds=10")}
+MORE = {"depthfl": ("model.options.widths=[8,16,32]", "rounds=8", "evaluate.every=8")}
 CHANCE = 0.1
 
 

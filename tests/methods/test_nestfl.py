@@ -17,7 +17,6 @@ from actors.driver import Driver
 from actors.events import RoundDone
 from actors.pools import InlinePools
 from cluster_fl.aggregation.angles import angles, factors
-from cluster_fl.assignment import assign
 from cluster_fl.compose import compose
 from cluster_fl.errors import UserError
 from cluster_fl.experiment import Experiment, prepare
@@ -27,9 +26,8 @@ from cluster_fl.nesting.importance import numbers
 from cluster_fl.nesting.plan import State
 from cluster_fl.records import RunFolder
 from cluster_fl.rounds import Round
+from cluster_fl.timing import load as loads
 from cluster_fl.timing.deadline import Affordable, level_seconds
-from cluster_fl.timing.load import loads
-from cluster_fl.timing.rounds import round_cost
 from cluster_fl.training.cohort import Cohort, form
 from cluster_fl.training.own import own_submodel, own_tensors
 from cluster_fl.training.passes import innermost, spread
@@ -37,7 +35,8 @@ from cluster_fl.training.program import Context
 from cluster_fl.training.worker import Worker
 from cluster_fl.weighing import ANGLE, COUNT
 from tests.methods.common import UnrulyPools
-from tests.tiny import outcome, run_here, worker_of
+from tests.tiny import assigned, outcome, run_here, select, worker_of
+from tests.tiny import results as run_phase
 
 NEST = """
 method: nestfl
@@ -70,13 +69,13 @@ def first_round(experiment: Experiment) -> Round:
     round = Round(
         0, experiment.config, experiment.plan, experiment.population, state, memory, lambda client: {}
     )
-    return round.select()
+    return select(round)
 
 
 def cohorts_of(experiment: Experiment, round: Round, levels: list[int] | None = None) -> list[Cohort]:
     """The round's cohorts, at given levels of the participants, or as the devices allow."""
     allocation = experiment.allocation if levels is None else lambda _: np.array(levels)
-    return form(round, assign(round, allocation, experiment.rule), experiment.program, keep=True)
+    return form(round, assigned(round, allocation, experiment.rule), experiment.program, keep=True)
 
 
 def drive(phases: Phases, worker: Callable[[], Worker]) -> Merged:
@@ -85,9 +84,7 @@ def drive(phases: Phases, worker: Callable[[], Worker]) -> Merged:
         phase = next(phases)
         while True:
             hosting = worker()
-            phase = phases.send(
-                [phase.take(hosting.execute(task, phase.state).result) for task in phase.tasks]
-            )
+            phase = phases.send(run_phase(phase, hosting))
     except StopIteration as end:
         merged: Merged = end.value
         return merged
@@ -266,10 +263,11 @@ def test_a_device_takes_the_largest_size_that_it_has_time_for(tmp_path: Path) ->
             alone = replace(round, participants=np.array([client]))
             seconds = []
             for number in (1, 2, 3):
-                chosen = assign(alone, lambda _, number=number: np.array([number]), experiment.rule)
-                seconds.append(float(round_cost(alone, chosen, experiment.program).seconds[0]))
+                clock = replace(experiment.clock, allocation=lambda _, number=number: np.array([number]))
+                done = clock.dispatch(alone).attempts(4, alone.participants, 0.0, np.inf)
+                seconds.append(float(done.finish[0]))
             assert level == max([n for n in (1, 2, 3) if seconds[n - 1] <= deadline] or [1])
-    busy = loads(experiment.config.time, 0, 6, 4)
+    busy = loads.load(experiment.config.time.load, 0, np.arange(6), 4)
     assert busy.max() > 0
 
 
@@ -343,7 +341,17 @@ def test_a_client_answers_with_its_own_model_or_its_level_s(experiment: Experime
         model = worker.module(served)
         load(model, holding.gather(round.state))
         context = Context(
-            worker, 1, client, experiment.plan.level(1), served, holding, {}, {}, personal, torch.Generator()
+            worker,
+            1,
+            client,
+            experiment.plan.level(1),
+            served,
+            holding,
+            {},
+            {},
+            personal,
+            torch.Generator(),
+            1,
         )
         answer = experiment.program.personalise(model.eval(), context)
         with torch.no_grad():

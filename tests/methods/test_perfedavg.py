@@ -73,6 +73,7 @@ def context_of(worker: Worker, experiment: Experiment, client: int = 0) -> Conte
         state=state,
         personal={},
         generator=torch_generator(0, Purpose.TRAIN, 0, client),
+        epochs=worker.config.train.epochs,
     )
 
 

@@ -30,6 +30,8 @@ UNIFORM = "aggregation.weights=uniform"
         ("fedrolex", ("model.norm=per_level",), "model.norm"),
         ("nestfl", ("model.norm=static",), "model.norm"),
         ("feddf", ("data.public=0",), "data.public"),
+        ("nestfl", ("levels.draw=window",), "levels.draw"),
+        ("feddrop", ("levels.draw=dynamic",), "levels.draw"),
         ("nefl", ("levels.pairs=[{depth: 99}, {}]", "levels.ratios=null"), "levels.pairs"),
         ("nefl", ("levels.pairs=[{}, {width: 0.5}]", "levels.ratios=null"), "levels.pairs"),
         ("nefl", ("levels.pairs=[{depth: 1, keep: [0]}, {}]", "levels.ratios=null"), "levels.pairs"),
@@ -50,10 +52,10 @@ def test_momentum_distillation_refuses_feddyn_unless_it_is_off(tmp_path: Path) -
 
 def test_shares_of_a_dynamic_draw_need_not_sum_to_one_exactly(tmp_path: Path) -> None:
     from cluster_fl.assignment import dynamic
-    from tests.tiny import round_of
+    from tests.tiny import round_of, select
 
     shares = "levels.shares=[0.3333333,0.3333333,0.3333333]"
     experiment = prepare(small(tmp_path, "heterofl", "levels.draw=dynamic", shares))
-    levels = dynamic(round_of(experiment).select())
+    levels = dynamic(select(round_of(experiment)))
     assert set(levels.tolist()) <= {1, 2, 3}
     assert len(levels) == 5

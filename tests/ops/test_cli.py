@@ -225,7 +225,15 @@ def test_the_run_folder(shell: Shell) -> None:
     saved = {
         f"checkpoints/round-0000{n}/{name}" for n in (3, 4) for name in ("meta.json", "state.safetensors")
     }
-    assert found == {"config.yaml", "plan.json", "rounds.jsonl", "summary.json"} | saved
+    written = {
+        "config.yaml",
+        "plan.json",
+        "rounds.jsonl",
+        "summary.json",
+        "timeline.parquet",
+        "trace.json.gz",
+    }
+    assert found == written | saved
 
     config = RunFolder(path).config()
     assert to_yaml(config) == (path / "config.yaml").read_text()

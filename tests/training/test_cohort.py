@@ -20,7 +20,8 @@ from cluster_fl.nesting.plan import Assignment, State
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.population import Population
 from cluster_fl.records import weights_sha256
-from cluster_fl.timing.clock import Devices
+from cluster_fl.timing.availability import Always
+from cluster_fl.timing.devices import Devices
 from cluster_fl.training.cohort import Cohort, CohortResult, Member, form
 from cluster_fl.training.program import Context, LocalProgram, Trained
 from cluster_fl.training.worker import Worker
@@ -279,8 +280,10 @@ def test_updates_are_kept_until_another_round_keeps_some(
 def population(samples: list[int]) -> Population:
     train = tuple(np.arange(count) for count in samples)
     empty = tuple(np.arange(0) for _ in samples)
-    ones = np.ones(len(samples))
-    return Population(Shares(train, empty, empty), ones.astype(np.int64), Devices(ones, ones, ones, 0.0))
+    ones = np.ones(len(samples), dtype=np.int64)
+    devices = Devices(*[ones.astype(np.float64)] * 6)
+    everybody = Always(len(samples))
+    return Population(Shares(train, empty, empty), np.array(samples), ones, ones, devices, everybody)
 
 
 def formed(

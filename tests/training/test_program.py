@@ -48,6 +48,7 @@ def seen_by(
         state=state,
         personal={},
         generator=generator(),
+        epochs=made.config.train.epochs,
     )
 
 
