@@ -23,7 +23,8 @@ from cluster_fl.timing.attempts import Attempts
 from cluster_fl.timing.policies import NOBODY, Dispatch, Standing, Step, Synchronous
 from cluster_fl.timing.schema import ASYNCHRONOUS, PolicyConfig
 
-SECTION = "time.policy."
+SECTION = "time.policy"
+SYNCHRONOUS = "must be a synchronous one: with it other clients would have started, and from other weights."
 UNKNOWN = (
     "A replay cannot tell accuracy or weights, since other updates would have counted and every later one would have "
     "started from another model; nor can it ask clients who were not asked when the run was recorded."
@@ -68,16 +69,15 @@ def prepare(folder: RunFolder, overrides: Sequence[str]) -> Replay:
     """
     for override in overrides:
         key, _, value = override.partition("=")
-        if not key.startswith(SECTION):
-            raise UserError(key, value, f"cannot change: a replay takes {SECTION}* alone.")
-        if key == SECTION + "name" and value in ASYNCHRONOUS:
-            right = (
-                "must be a synchronous one: with it other clients would have started, and from other weights."
-            )
-            raise UserError(key, value, right)
+        if key != SECTION and not key.startswith(f"{SECTION}."):
+            raise UserError(key, value, f"cannot change: a replay takes {SECTION}.* alone.")
+        if key in (SECTION, f"{SECTION}.name") and value in ASYNCHRONOUS:
+            raise UserError(key, value, SYNCHRONOUS)
     recorded = folder.config()
     config = compose([folder.config_file], overrides)
     before, after = recorded.time.policy, config.time.policy
+    if after.asynchronous and not before.asynchronous:
+        raise UserError(f"{SECTION}.name", after.name, SYNCHRONOUS)
     _check(folder.path, before, after)
     policy, notes = _policy(recorded, after)
     again = None
@@ -97,7 +97,7 @@ def _check(path: Path, before: PolicyConfig, after: PolicyConfig) -> None:
     same = before.name == "tiers" and (before.tiers, before.tier_shares) == (after.tiers, after.tier_shares)
     if after.name == "tiers" and not same:
         right = "would have asked other clients than those that were recorded."
-        raise UserError(SECTION + "name", after.name, right)
+        raise UserError(f"{SECTION}.name", after.name, right)
 
 
 def _policy(recorded: Config, after: PolicyConfig) -> tuple[Synchronous, list[str]]:
@@ -123,7 +123,7 @@ def _clock(config: Config) -> Callable[[int], Dispatch]:
     made = experiment.prepare(config)
     if made.rule.resizes:
         right = f"cannot be replayed: how large submodels of {config.method} are follows from the weights."
-        raise UserError(SECTION + "name", config.time.policy.name, right)
+        raise UserError(f"{SECTION}.name", config.time.policy.name, right)
     return lambda number: made.clock.dispatch(simulation.view(made, number))
 
 

@@ -217,6 +217,24 @@ def test_a_deadline_that_nobody_could_meet_is_refused(tmp_path: Path) -> None:
     assert "late" in {one["fate"] for one in everyone(tmp_path / "run")}
 
 
+def test_a_tier_that_never_comes_has_empty_rounds(tmp_path: Path) -> None:
+    """They take no time, and the other tier's go on."""
+    tiers = ("time.policy.name=tiers", "time.policy.tiers=2", "time.dropout=0")
+    there = sorted(prepare(little(tmp_path, "fedavg", *tiers)).clock.fastest_first[:3].tolist())
+    traces = tmp_path / "traces.csv"
+    rows = [f"{client},0,9" if client in there else f"{client},," for client in range(6)]
+    traces.write_text("\n".join(["user,start_s,end_s", *rows]))
+    source = ("time.availability.source=csv", f"time.availability.file={traces}", "rounds=6")
+    run_here(little(tmp_path, "fedavg", *tiers, *source), tmp_path / "run")
+    asked, time = set(), 0.0
+    for line in lines(tmp_path / "run"):
+        clients = [one["client"] for one in line["participants"]]
+        assert (line["sim_time_s"] > time) == bool(clients)
+        asked.add(tuple(clients))
+        time = line["sim_time_s"]
+    assert asked == {(), tuple(there)}
+
+
 def test_a_share_that_is_never_reached_abandons_every_round(tmp_path: Path) -> None:
     """Those who were in time have worked for nothing."""
     config = little(tmp_path, "scaffold", *DEADLINE, "time.policy.min_share=1")

@@ -236,7 +236,8 @@ def test_the_table_says_the_same(shell: Shell, runs: dict[str, Path]) -> None:
     [
         (["rounds=3"], ["rounds=3", "time.policy.*"]),
         (["time.dropout=0"], ["time.dropout=0", "time.policy.*"]),
-        (["time.policy={name: wait}"], ["time.policy={name: wait}"]),
+        (["time.policy=semi_sync"], ["time.policy=semi_sync", "synchronous"]),
+        (["time.policy={name: fedbuff}"], ["time.policy.name=fedbuff", "synchronous"]),
         (["nothing"], ["nothing"]),
         (["time.policy.name=fedbuff"], ["time.policy.name=fedbuff", "synchronous"]),
         (["time.policy.name=semi_sync"], ["time.policy.name=semi_sync", "synchronous"]),
