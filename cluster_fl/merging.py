@@ -152,7 +152,11 @@ def pulled(round: Round, cohorts: Sequence[Cohort], mean: Mean) -> Mean:
         return mean
     before = round.start(cohorts[0].round).state
     updates = {
-        key: np.where(mean.weights[key] > 0, update + round.pull * (before[key] - round.state[key]), 0.0)
+        key: np.where(
+            mean.weights[key] > 0,
+            update + round.pull * (before[key].astype(np.float64) - round.state[key]),
+            0.0,
+        )
         for key, update in mean.updates.items()
     }
     return replace(mean, updates=updates)

@@ -276,7 +276,7 @@ def test_only_the_smaller_submodel_moves(nest: Experiment) -> None:
         held[holding.where[name]] = True
         assert after[key][~held].tobytes() == state[key][~held].tobytes()
         assert after[key][held] == pytest.approx(now[key][held], abs=1e-6)
-        lost += np.count_nonzero(now[key][~held] != state[key][~held])
+        lost += int(np.count_nonzero(now[key][~held] != state[key][~held]))
     assert lost > 100
 
 

@@ -74,9 +74,8 @@ class Clock:
         levels = np.minimum(self.plan.level_of, self.population.largest) if own else np.ones_like(everyone)
         work, total = self.work(everyone, levels), config.train.epochs
         share = 1 / total if config.time.policy.late == "partial" and total else 1.0
-        return float(
-            (work.download + work.compute * share * least(config.time.stragglers) + work.upload).min()
-        )
+        seconds = work.download + work.compute * share * least(config.time.stragglers) + work.upload
+        return float(seconds[self.population.samples > 0].min(initial=np.inf))
 
 
 @dataclass(frozen=True)

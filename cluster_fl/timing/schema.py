@@ -195,6 +195,9 @@ def check_time(time: TimeConfig, clients: int, per_round: int) -> None:
         raise UserError(
             "time.policy.buffer", policy.buffer, f"there are only {clients} clients (clients.count)."
         )
-    if policy.name == "over_select" and policy.asked(per_round) > clients:
-        right = f"asks for {policy.asked(per_round)} clients a round of {clients} (clients.count)."
+    # First as floats, since there may be no such whole number.
+    if policy.name == "over_select" and (
+        policy.factor * per_round >= clients + 1 or policy.asked(per_round) > clients
+    ):
+        right = f"asks for {policy.factor * per_round:g} clients a round of {clients} (clients.count)."
         raise UserError("time.policy.factor", policy.factor, right)

@@ -33,7 +33,7 @@ POLICIES = [
     pytest.param(("time.policy=over_select", "clients.per_round=4"), marks=SLOW),
     pytest.param(("time.policy=tiers", "time.policy.tiers=2", "clients.per_round=3"), marks=SLOW),
     pytest.param(("time.policy=semi_sync", "time.policy.period_s=0.06"), marks=SLOW),
-    ("time.policy=fedasync", "rounds=6", "evaluate.every=3"),
+    pytest.param(("time.policy=fedasync", "rounds=6", "evaluate.every=3"), marks=SLOW),
 ]
 
 
@@ -53,7 +53,7 @@ def test_pools_do_not_show(policy: tuple[str, ...], tmp_path: Path) -> None:
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
 
 
-@pytest.mark.parametrize("pools", [1, pytest.param(2, marks=SLOW), POOLS])
+@pytest.mark.parametrize("pools", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), POOLS])
 def test_their_number_does_not_show_in_a_buffered_run(pools: int, tmp_path: Path) -> None:
     config = tiny(tmp_path, *BUFFERED, f"cluster.pools={pools}")
     run_here(config, tmp_path / "here", InlinePools)

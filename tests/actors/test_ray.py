@@ -59,7 +59,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Computed:
     return outcome(folder / "run")
 
 
-@pytest.mark.parametrize("pools", [1, 2, POOLS])
+@pytest.mark.parametrize("pools", [1, pytest.param(2, marks=pytest.mark.slow), POOLS])
 def test_the_number_of_pools_does_not_show(tmp_path: Path, reference: Computed, pools: int) -> None:
     events = run_here(tiny(tmp_path, f"cluster.pools={pools}"), tmp_path / "run", RayPools)
     assert outcome(tmp_path / "run") == reference

@@ -157,7 +157,8 @@ def test_the_level_that_is_trained_decides_not_the_clients_own(experiment: Exper
 
 def test_nobody_takes_no_time(experiment: Experiment) -> None:
     """As an asynchronous policy asks where nobody can start."""
-    for time in ({}, {"stragglers": StragglersConfig("pareto"), "load": LoadConfig([0.0, 0.5])}):
+    disturbed: dict[str, Any] = {"stragglers": StragglersConfig("pareto"), "load": LoadConfig([0.0, 0.5])}
+    for time in ({}, disturbed):
         found = attempts(clock(experiment, dropout=0.5, **time), [])
         assert same(found, Attempts.none())
 
@@ -225,7 +226,7 @@ def test_a_load_that_moves_in_mid_round(experiment: Experiment, epochs: int, bef
         found = attempts(made, number=number)
         assert durations(found) == close(expected)
         assert found.level.tolist() == found.first.tolist() == made.plan.level_of.tolist()
-        changed += np.count_nonzero(busy != later)
+        changed += int(np.count_nonzero(busy != later))
     assert changed
 
 
@@ -320,15 +321,15 @@ def brute(
     made: Clock, ways: Callable[[int], Iterable[tuple[int, int]]], number: int, deadline: float
 ) -> list[tuple[int, int]]:
     """For each client the first (level, epochs) of its ways that is done in time alone, or else the last."""
+
+    def in_time(client: int, level: int, epochs: int) -> bool:
+        one = dataclasses.replace(_training(made, epochs), allocation=lambda _: np.array([level]))
+        return bool(attempts(one, [client], number).finish[0] <= deadline)
+
     chosen = []
     for client in range(CLIENTS):
-        for level, epochs in ways(client):
-            one = dataclasses.replace(made, allocation=lambda _, level=level: np.array([level]))
-            found = attempts(_training(one, epochs), [client], number)
-            chosen_one = (level, epochs)
-            if found.finish[0] <= deadline:
-                break
-        chosen.append(chosen_one)
+        own = list(ways(client))
+        chosen.append(next((way for way in own if in_time(client, *way)), own[-1]))
     return chosen
 
 

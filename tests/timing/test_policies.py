@@ -593,7 +593,7 @@ def test_how_an_old_update_counts(name: str, options: dict[str, Any], expected: 
 
 
 def test_the_configuration_names_the_policy() -> None:
-    def made(**options: Any) -> Policy:
+    def made(**options: Any) -> Any:
         return make(PolicyConfig(**options), 10)
 
     assert made() == Synchronous(10, 10)
@@ -629,7 +629,7 @@ def dispatches(draw: st.DrawFn) -> Fake:
 
 
 @st.composite
-def policies(draw: st.DrawFn) -> Policy:
+def policies(draw: st.DrawFn) -> Synchronous | Asynchronous:
     count = draw(st.integers(1, 6))
     timeout = draw(st.sampled_from([None, 0.5, 4.0]))
     if draw(st.booleans()):
@@ -659,7 +659,7 @@ def keys(attempts: Attempts) -> list[Key]:
 
 @settings(max_examples=100, deadline=None)
 @given(policy=policies(), dispatch=dispatches())
-def test_every_attempt_ends_in_exactly_one_way(policy: Policy, dispatch: Fake) -> None:
+def test_every_attempt_ends_in_exactly_one_way(policy: Synchronous | Asynchronous, dispatch: Fake) -> None:
     """Or is under way; and nobody starts twice from the same weights."""
     steps = run(policy, dispatch, ROUNDS)
     started = [key for made in dispatch.made for key in keys(made)]
@@ -672,7 +672,7 @@ def test_every_attempt_ends_in_exactly_one_way(policy: Policy, dispatch: Fake) -
 
 @settings(max_examples=100, deadline=None)
 @given(policy=policies(), dispatch=dispatches())
-def test_time_goes_on_and_nobody_is_at_two_places(policy: Policy, dispatch: Fake) -> None:
+def test_time_goes_on_and_nobody_is_at_two_places(policy: Synchronous | Asynchronous, dispatch: Fake) -> None:
     steps = run(policy, dispatch, ROUNDS)
     assert [step.round for step in steps] == list(range(ROUNDS))
     assert all(step.begin <= step.end for step in steps)
@@ -703,7 +703,7 @@ def _end(flight: Attempts, client: int) -> float:
 
 @settings(max_examples=100, deadline=None)
 @given(policy=policies(), dispatch=dispatches())
-def test_fates_are_what_happened(policy: Policy, dispatch: Fake) -> None:
+def test_fates_are_what_happened(policy: Synchronous | Asynchronous, dispatch: Fake) -> None:
     for step in run(policy, dispatch, ROUNDS):
         ended, own, age = step.ended, step.ended.attempts, step.round - step.ended.attempts.version
         arrived = (own.finish < own.lost) & (own.finish <= step.end)
@@ -733,7 +733,7 @@ def test_fates_are_what_happened(policy: Policy, dispatch: Fake) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(policy=policies(), dispatch=dispatches())
-def test_bytes_are_between_nothing_and_all(policy: Policy, dispatch: Fake) -> None:
+def test_bytes_are_between_nothing_and_all(policy: Synchronous | Asynchronous, dispatch: Fake) -> None:
     for step in run(policy, dispatch, ROUNDS):
         ended = step.ended
         down, up = ended.down, ended.up
@@ -750,7 +750,9 @@ def test_bytes_are_between_nothing_and_all(policy: Policy, dispatch: Fake) -> No
 
 @settings(max_examples=40, deadline=None)
 @given(policy=policies(), dispatch=dispatches(), after=st.integers(1, ROUNDS - 1))
-def test_a_run_goes_on_from_where_it_stood(policy: Policy, dispatch: Fake, after: int) -> None:
+def test_a_run_goes_on_from_where_it_stood(
+    policy: Synchronous | Asynchronous, dispatch: Fake, after: int
+) -> None:
     whole = run(policy, dispatch, ROUNDS)
     rest = run(policy, dispatch, ROUNDS - after, whole[after - 1].after)
     assert all(same(one, other) for one, other in zip(whole[after:], rest, strict=True))
