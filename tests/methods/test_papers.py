@@ -31,7 +31,9 @@ SUBSTITUTES = {
     "fedopt_cifar100": ("data.name=cifar10",),
     "feddf_cifar10": ("data.public=5000", "data.public_name=null"),
 }
-PAPERS = sorted(path.stem for path in CONFIGS.glob("*_*.yaml") if not path.stem.startswith("compare_"))
+PAPERS = sorted(
+    path.stem for path in CONFIGS.glob("*_*.yaml") if not path.stem.startswith(("compare_", "study_"))
+)
 
 
 @pytest.mark.slow
