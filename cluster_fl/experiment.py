@@ -142,11 +142,12 @@ def populate(config: Config, plan: Plan, shares: Shares, samples: np.ndarray | N
 
 
 def _check_policy(made: Experiment) -> None:
-    fastest, deadline = made.clock.fastest(), made.config.time.policy.deadline_s
-    if made.config.time.policy.name == "deadline" and deadline is not None and fastest > deadline:
-        right = f"is met by nobody: the fastest client needs {fastest:.3g} s."
-        raise UserError("time.policy.deadline_s", deadline, right)
     policy, name = made.config.time.policy, made.config.method
+    if policy.name == "deadline" and policy.deadline_s is not None:
+        fastest = made.clock.fastest()
+        if fastest > policy.deadline_s:
+            right = f"is met by nobody: the fastest client needs {fastest:.3g} s."
+            raise UserError("time.policy.deadline_s", policy.deadline_s, right)
     if policy.asynchronous and not made.merge.asynchronous:
         right = (
             f"must be a synchronous one: {name} needs all clients of a round to start from the same weights."

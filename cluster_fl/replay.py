@@ -111,7 +111,7 @@ def _policy(recorded: Config, after: PolicyConfig) -> tuple[Synchronous, list[st
         notes.append(f"of the {asked} clients that a round asked, the first {wanted} count")
     made = policies.make(after, per_round)
     assert isinstance(made, Synchronous)
-    return replace(made, count=asked, wanted=wanted, tiers=None), notes
+    return replace(made, count=asked, wanted=wanted), notes
 
 
 def _shortens(policy: PolicyConfig) -> bool:
@@ -170,4 +170,4 @@ class Recorded:
         return replace(self.asked, **moved)
 
     def tier(self, round: int, shares: Sequence[float]) -> np.ndarray:
-        raise NotImplementedError("a replay asks whoever was asked")
+        return self.asked.client  # the tier of a recorded round is known by whom it asked

@@ -63,10 +63,8 @@ class ByAngle(Merge):
         }
         levels = sorted({level for nest in nests.values() for level in nest})
         # Every phase has the weights that updates start from: a new pool trains its cohort once more.
-        seen = {
-            cohort.round: start | _parts(round, nests[cohort.round], levels)
-            for cohort, start in zip(cohorts, started, strict=True)
-        }
+        starts = {cohort.round: start for cohort, start in zip(cohorts, started, strict=True)}
+        seen = {version: start | _parts(round, nests[version], levels) for version, start in starts.items()}
         if self.against == "pairwise":
             rows, seen = yield from self._each_other(cohorts, seen, len(levels))
         else:

@@ -11,6 +11,7 @@ from cluster_fl.nesting.anatomy import Anatomy, Layer
 from cluster_fl.nesting.submodel import Submodel, lengths
 
 BYTES = 4
+# A multiply-accumulate is two operations.
 FLOPS_PER_MAC = 2
 
 

@@ -12,12 +12,11 @@ from cluster_fl.nesting.cost import cost
 from cluster_fl.nesting.plan import Level, Plan
 from cluster_fl.nesting.submodel import Submodel
 from cluster_fl.timing.devices import Devices
-from cluster_fl.timing.roofline import Roofline
+from cluster_fl.timing.roofline import FLOPS_PER_MAC, Roofline
 from cluster_fl.training.program import LocalProgram
 
-# A backward pass costs two forwards, and a multiply-accumulate is two operations.
+# A backward pass costs two forwards.
 FORWARD_AND_BACKWARD = 3
-FLOPS_PER_MAC = 2
 
 
 @dataclass(frozen=True)
