@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from cluster_fl.compose import compose, fingerprint, to_yaml
 from cluster_fl.config import Config
 from cluster_fl.errors import RunError, UserError
+from cluster_fl.files import sync
 from cluster_fl.rounds import Start
 from cluster_fl.timing import trace
 from cluster_fl.timing.attempts import Attempts
@@ -98,7 +99,7 @@ class ClientStates:
         save_arrays(draft, arrays, {"sha256": weights_sha256(arrays)})
         os.replace(draft, file)
         for folder in (file.parent, self.path, self.path.parent):
-            _sync(folder)
+            sync(folder)
 
     def sha256(self, clients: Mapping[int, int]) -> str | None:
         """Hash of all clients' states in client order; None if nobody keeps any."""
@@ -126,7 +127,7 @@ class ClientStates:
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
-    _sync(path)
+    sync(path)
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ class RunFolder:
         }
         write_text(draft / "meta.json", pretty(meta))
         os.replace(draft, target)
-        _sync(folder)
+        sync(folder)
         abandoned = folder.glob(".round-*")  # drafts of processes that were killed
         for old in (*self._checkpoints()[: -config.checkpoint.keep], *abandoned):
             shutil.rmtree(old)
@@ -339,15 +340,6 @@ def _start(arrays: Mapping[str, np.ndarray]) -> Start:
 def _load_if_there(file: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = load_file(file) if file.exists() else {}
     return arrays
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def pretty(content: Mapping[str, Any]) -> str:

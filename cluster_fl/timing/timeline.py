@@ -34,6 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster_fl.errors import RunError, UserError
+from cluster_fl.files import sync
 from cluster_fl.timing.attempts import Attempts, Ended, Fate
 from cluster_fl.timing.intervals import PHASES
 from cluster_fl.timing.policies import Standing, Step
@@ -215,11 +216,7 @@ def whole(path: Path, drafts: Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _number(part: Path) -> int:
