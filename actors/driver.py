@@ -32,6 +32,9 @@ from cluster_fl.timing.attempts import participants
 from cluster_fl.training.cohort import Cohort, CohortReport
 from cluster_fl.training.worker import Task
 
+# Clients whose labels the caller hears of: as many as fit in a picture.
+SHOWN = 200
+
 Result = TypeVar("Result")
 MakePools = Callable[[Experiment], Pools]
 Record = dict[str, Any]
@@ -63,7 +66,7 @@ class Driver:
         self._pools = self._make_pools(self._experiment)
         try:
             progress = self._begin()
-            yield Planned(self._plan.as_json(), progress.rounds, self._pools.count)
+            yield self._planned(progress.rounds)
             for number in range(progress.rounds, self._config.rounds):
                 progress = yield from self._round(number, progress)
             yield Finished((yield from self._summarise(progress)))
@@ -103,6 +106,11 @@ class Driver:
         state = self._experiment.initial_state()
         memory = self._experiment.merge.initial(state)
         return Progress(0, state, memory, device=self._pools.device, experiment=self._experiment.sha256())
+
+    def _planned(self, start: int) -> Planned:
+        data = self._experiment.dataset
+        samples = self._population.label_counts(data.labels, data.classes, SHOWN)
+        return Planned(self._plan.as_json(), start, self._pools.count, samples)
 
     def _round(self, number: int, before: Progress) -> Step[Progress]:
         """clock (who is asked, who counts) -> cohorts -> pools train and merge -> evaluate -> record -> checkpoint."""

@@ -5,14 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Planned:
-    """The run is about to start (or to go on) at round ``start``. ``plan`` is the content of plan.json."""
+    """The run is about to start (or to go on) at round ``start``.
+
+    Attributes:
+        plan: the content of plan.json.
+        samples: training samples of each class (columns) that each client (rows) has; of the first 200 clients.
+    """
 
     plan: dict[str, Any]
     start: int
     pools: int
+    samples: np.ndarray
 
 
 @dataclass(frozen=True)

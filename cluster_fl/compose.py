@@ -20,7 +20,7 @@ from cluster_fl.errors import UserError
 
 # Keys that say where or how fast a run happens, not what it computes; a begun run may change them.
 # (Another kind of device computes other bits: that is checked when a run is resumed.)
-INCIDENTAL = ("cluster", "checkpoint", "data.root", "data.download")
+INCIDENTAL = ("cluster", "checkpoint", "tracking", "data.root", "data.download")
 
 # A file's section for `cluster-fl compare`; one run's configuration is what is around it.
 COMPARE = "compare"

@@ -198,6 +198,25 @@ class ClusterConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Where a run is shown besides its folder, which stays the source of truth."""
+
+    name: str = option(
+        "none", "none; Weights & Biases; or TensorBoard", choices=("none", "wandb", "tensorboard")
+    )
+    mode: str = option(
+        "online",
+        "wandb: send while the run goes on; only write, for `wandb sync`; or neither",
+        choices=("online", "offline", "disabled"),
+    )
+    project: str = option("cluster-fl", "wandb: project")
+    entity: str | None = option(None, "wandb: user or team; your own when not given")
+    group: str | None = option(None, "wandb: group; a comparison's or a sweep's name when not given")
+    tags: list[str] = option([], "wandb: tags")
+    artifacts: bool = option(False, "wandb: keep each checkpoint as an artifact")
+
+
+@dataclass
 class CheckpointConfig:
     every: int = option(1, "rounds between checkpoints; the last round always has one", low=1)
     keep: int = option(2, "newest checkpoints kept", low=1)
@@ -231,6 +250,7 @@ class Config:
     cluster: ClusterConfig = option(ClusterConfig, "")
     time: TimeConfig = option(TimeConfig, "")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "")
+    tracking: TrackingConfig = option(TrackingConfig, "")
     run: RunConfig = option(RunConfig, "")
 
 

@@ -40,3 +40,8 @@ class Population:
             return np.arange(config.clients.count)
         rng = generator(config.seed, Purpose.EVALUATE, round)
         return np.sort(rng.choice(config.clients.count, count, replace=False))
+
+    def label_counts(self, labels: np.ndarray, classes: int, clients: int) -> np.ndarray:
+        """Training samples of each class (columns) that each of the first ``clients`` clients (rows) has."""
+        rows = self.shares.train[:clients]
+        return np.array([np.bincount(labels[own], minlength=classes) for own in rows])

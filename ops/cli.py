@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         _resume,
         "Go on with a run from its last complete round.",
         "cluster-fl resume runs/quickstart cluster.pools=1",
-        ("RUN_DIR", "the run's folder, and overrides of cluster.* and checkpoint.*"),
+        ("RUN_DIR", "the run's folder, and overrides of cluster.*, checkpoint.* and tracking.*"),
         debug=True,
     )
     _add(

@@ -320,9 +320,10 @@ def test_the_fingerprint_ignores_where_and_how_fast_and_nothing_else(tmp_path: P
         setattr(owner, name, "something else")
         if fingerprint(changed) == fingerprint(config):
             ignored.add(key)
-    incidental = {k for k, _, _ in leaves(config) if k.startswith(("cluster.", "checkpoint.", "run."))}
+    elsewhere = ("cluster.", "checkpoint.", "tracking.", "run.")
+    incidental = {k for k, _, _ in leaves(config) if k.startswith(elsewhere)}
     assert ignored == incidental | {"data.root", "data.download"}
-    assert len(incidental) == 9
+    assert len(incidental) == 16
 
 
 @pytest.mark.parametrize(
