@@ -233,6 +233,7 @@ class Driver:
         record = {
             "round": step.round,
             "participants": participants(step.ended),
+            "refused": sorted(client for report in reports for client in report.refused),
             "train_loss": _mean_loss(reports),
             "bytes_down": int(step.ended.down.sum()),
             "bytes_up": int(step.ended.up.sum()),
@@ -276,6 +277,7 @@ class Driver:
             "bytes": progress.bytes_down + progress.bytes_up,
             "bytes_down": progress.bytes_down,
             "bytes_up": progress.bytes_up,
+            "refused": progress.refused,
             "accuracy": accuracy,
             "weights_sha256": weights_sha256(progress.state),
             "clients_sha256": self._folder.clients.sha256(progress.clients),
@@ -291,17 +293,18 @@ def _advance(after: Progress, record: Record) -> Progress:
         wall_time_s=after.wall_time_s + sum(record["wall"]["phases"].values()),
         bytes_down=after.bytes_down + record["bytes_down"],
         bytes_up=after.bytes_up + record["bytes_up"],
+        refused=after.refused + len(record["refused"]),
     )
     record |= {"wall_time_s": progress.wall_time_s}
     return progress
 
 
 def _mean_loss(reports: Sequence[CohortReport]) -> float | None:
-    """Mean over the clients that trained, in client order so that the sum's bits are always the same."""
+    """Mean over the clients whose update was taken, in client order so that the sum's bits are always the same."""
     losses = sorted(
         (client, loss)
         for report in reports
         for client, loss, steps in zip(report.clients, report.losses, report.steps, strict=True)
-        if steps
+        if steps and client not in report.refused
     )
     return sum(loss for _, loss in losses) / len(losses) if losses else None

@@ -161,6 +161,11 @@ class TrainConfig:
     clip_norm: float | None = option(None, "largest norm of a step's gradient", above=0)
     correction: CorrectionConfig = option(CorrectionConfig, "")
     cohort_size: int = option(4, "clients in one task of a pool", low=1)
+    on_nan: str = option(
+        "refuse",
+        "a client whose loss or update is not finite, or changed by over 2048: leave it out and count it, or stop",
+        choices=("refuse", "stop"),
+    )
 
 
 @dataclass
@@ -339,7 +344,23 @@ def _check_together(config: Config) -> None:
     if levels.order == "speed" and config.time.devices.source == "levels":
         right = "needs devices that are not made from levels; set time.devices.source, e.g. phones."
         raise UserError("levels.order", "speed", right)
+    _check_tracking(config.tracking)
     _check_levels(levels, clients.count)
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """What W&B would refuse, or understand as something else, once the run goes on."""
+    named = {"project": tracking.project, "entity": tracking.entity, "group": tracking.group}
+    for key, name in named.items():
+        if name is not None and not 0 < len(name.strip()) <= 128:
+            raise UserError(f"tracking.{key}", name, "must have 1 to 128 characters.")
+    for key in ("project", "entity"):
+        name = named[key]
+        if name is not None and any(letter in "/\\#?%:" for letter in name):
+            raise UserError(f"tracking.{key}", name, "must be a plain name, without / \\ # ? % or :.")
+    for tag in tracking.tags:
+        if not 0 < len(tag) <= 64:
+            raise UserError("tracking.tags", tag, "each must have 1 to 64 characters.")
 
 
 def _check_levels(levels: LevelsConfig, clients: int) -> None:

@@ -7,7 +7,7 @@ results, and returns what the round came to. Whoever drives it decides where tas
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,7 +124,7 @@ def collect(
         published: what each starts from (:func:`sent`).
 
     Raises:
-        RunError: training diverged on a client.
+        RunError: training diverged on a client, and ``train.on_nan`` is stop.
     """
     mean, extra = CoverageMean(round.state), CoverageMean(round.state)
     personal: dict[int, State] = {}
@@ -136,8 +136,7 @@ def collect(
         personal.update(result.personal)
         return result.report
 
-    reports: list[CohortReport] = yield Phase("train", cohorts, published, take)
-    _stop_on_divergence(reports, round.number)
+    reports = refusing(round, (yield Phase("train", cohorts, published, take)))
     unit = cohorts[0].extra_weight if cohorts else 1.0
     sums = {key: total / unit for key, total in extra.sums().items()}
     return Collected(pulled(round, cohorts, mean.result()), sums, reports, personal)
@@ -162,11 +161,21 @@ def pulled(round: Round, cohorts: Sequence[Cohort], mean: Mean) -> Mean:
     return replace(mean, updates=updates)
 
 
-def _stop_on_divergence(reports: Sequence[CohortReport], number: int) -> None:
+def refusing(round: Round, reports: Sequence[CohortReport], more: Collection[int] = ()) -> list[CohortReport]:
+    """The reports, in which the clients ``more`` are refused as well.
+
+    Raises:
+        RunError: a client is refused, and ``train.on_nan`` is stop.
+    """
+    reports = [
+        replace(report, refused=tuple(c for c in report.clients if c in report.refused or c in more))
+        for report in reports
+    ]
     refused = sorted(client for report in reports for client in report.refused)
-    if refused:
+    if refused and round.config.train.on_nan == "stop":
         raise RunError(
-            f"round {number}: training diverged on client{'s' if len(refused) > 1 else ''} "
-            f"{', '.join(map(str, refused))} (weights not finite or changed by over 2048); lower train.lr "
-            "or set train.clip_norm."
+            f"round {round.number}: training diverged on client{'s' if len(refused) > 1 else ''} "
+            f"{', '.join(map(str, refused))} (not finite or changed by over 2048); lower train.lr, set "
+            "train.clip_norm, or leave such clients out (train.on_nan=refuse)."
         )
+    return reports

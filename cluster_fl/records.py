@@ -36,8 +36,9 @@ STATE, MEMORY = "state/", "memory/"
 class Progress:
     """Where a run stands after its last complete round: all that a resumed run needs besides its config.
 
-    ``rounds`` are complete; times are seconds and bytes are totals since round 0. ``memory`` is the server's
-    besides the weights, and ``clients`` says of each client with state of its own in which round it was kept.
+    ``rounds`` are complete; times are seconds; bytes and refused updates are totals since round 0. ``memory``
+    is the server's besides the weights, and ``clients`` says of each client with state of its own in which round
+    it was kept.
     ``flight`` are the clients at work, and ``starts`` what they started from, by round.
     ``device`` and ``experiment`` (:meth:`Experiment.sha256`) are what a resumed run must find as they were.
     """
@@ -52,6 +53,7 @@ class Progress:
     wall_time_s: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
+    refused: int = 0
     device: str = "cpu"
     experiment: str = ""
 
@@ -80,7 +82,7 @@ class ClientStates:
 
     def load(self, client: int, round: int) -> dict[str, np.ndarray]:
         """Raises RunError if the file is missing or damaged."""
-        file = self._file(client, round)
+        file = self.file(client, round)
         try:
             with safe_open(str(file), framework="np") as opened:
                 names = opened.keys()
@@ -93,7 +95,7 @@ class ClientStates:
         return arrays
 
     def save(self, client: int, round: int, arrays: Mapping[str, np.ndarray]) -> None:
-        file = self._file(client, round)
+        file = self.file(client, round)
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.{os.getpid()}")
         save_arrays(draft, arrays, {"sha256": weights_sha256(arrays)})
@@ -115,13 +117,14 @@ class ClientStates:
 
         Later ones may be of a round that is not complete. ``kept`` is the ``clients`` of each checkpoint.
         """
-        wanted = {self._file(client, at) for clients in kept for client, at in clients.items()}
+        wanted = {self.file(client, at) for clients in kept for client, at in clients.items()}
         for file in self.path.glob("*/*round-*"):
             at = int(file.name.partition("round-")[2].partition(".")[0])
             if file not in wanted and at < rounds:
                 file.unlink()
 
-    def _file(self, client: int, round: int) -> Path:
+    def file(self, client: int, round: int) -> Path:
+        """Where a client's state of a round lies."""
         return self.path / f"{client:06d}" / f"round-{round:05d}.safetensors"
 
 
@@ -300,6 +303,19 @@ class RunFolder:
                 f"{found[-1]}: the weights do not match their checksum; remove it to go on from the one before."
             )
         return progress
+
+    def checkpoint_files(self, rounds: int) -> list[Path]:
+        """What a run needs to go on after ``rounds`` rounds; nothing if there is no such checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint is just being removed.
+        """
+        target = self.path / "checkpoints" / f"round-{rounds:05d}"
+        if not target.exists():
+            return []
+        kept = self._meta(target)["clients"].items()
+        own = [self.clients.file(client, at) for client, at in kept]
+        return [self.config_file, self.rounds_file, *sorted(target.iterdir()), *own]
 
     def _meta(self, checkpoint: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())

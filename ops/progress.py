@@ -81,6 +81,7 @@ class Screen:
             parts = [
                 f"round {done}/{self._rounds}",
                 f"loss {loss}",
+                _refused(record),
                 self._accuracy,
                 f"{_duration(elapsed)}",
                 self._remaining,
@@ -104,6 +105,12 @@ class Screen:
 def _accuracy(block: dict[str, Any]) -> str:
     shown = ((name, last_exit(block, name)) for name in NAMES)
     return "  ".join(f"{name} {value:.1%}" for name, value in shown if value is not None)
+
+
+def _refused(record: dict[str, Any]) -> str:
+    """Who was left out of a round, in words."""
+    refused = record["refused"]
+    return f"{_count(len(refused), 'update')} refused (not finite)" if refused else ""
 
 
 def _duration(seconds: float) -> str:

@@ -71,6 +71,8 @@ def show_summary(
         f"{summary['rounds']} rounds, {summary['sim_time_s']:,.1f} s simulated, {summary['wall_time_s']:,.1f} s here, "
         f"{summary['bytes'] / 1e6:,.1f} MB sent"
     )
+    if summary["refused"]:
+        console.print(f"{summary['refused']} updates were refused: not finite, or changed by over 2048")
     console.print(f"run folder: {folder}", soft_wrap=True)
 
 

@@ -138,6 +138,9 @@ def test_extras_are_summed_over_clients(experiment: Experiment, round: Round) ->
 
 
 def test_divergence_stops_the_round_and_names_the_clients(experiment: Experiment, round: Round) -> None:
+    train = dataclasses.replace(round.config.train, on_nan="stop")
+    round = dataclasses.replace(round, config=dataclasses.replace(round.config, train=train))
+
     def break_some(model: Layered, context: Context) -> None:
         if context.client in (6, 2):
             with torch.no_grad():

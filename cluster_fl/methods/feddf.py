@@ -34,7 +34,7 @@ import numpy as np
 from cluster_fl.aggregation.server import server_step
 from cluster_fl.config import Config
 from cluster_fl.errors import UserError
-from cluster_fl.merging import Merge, Phase, Phases, Streaming, sent
+from cluster_fl.merging import Merge, Phase, Phases, Streaming, refusing, sent
 from cluster_fl.methods import decoupled, fedavg
 from cluster_fl.methods.base import Method, Setting
 from cluster_fl.nesting.plan import Plan
@@ -78,7 +78,10 @@ class Fusion(Streaming):
 
     def phases(self, round: Round, cohorts: Sequence[Cohort]) -> Phases:
         merged = yield from super().phases(round, cohorts)
-        logits = (yield from self._taught(round, cohorts)) if self.settings.steps else None
+        if not self.settings.steps:
+            return merged
+        logits, refused = yield from self._taught(round, cohorts)
+        merged = replace(merged, reports=refusing(round, merged.reports, refused))
         if logits is None:
             return merged
         present = sorted({cohort.level for cohort in cohorts})
@@ -91,8 +94,8 @@ class Fusion(Streaming):
 
     def _taught(
         self, round: Round, cohorts: Sequence[Cohort]
-    ) -> Generator[Phase, list[Any], np.ndarray | None]:
-        """Mean logits of all teachers, float32 (public, classes); None if there is none."""
+    ) -> Generator[Phase, list[Any], tuple[np.ndarray | None, list[int]]]:
+        """Mean logits of all teachers, float32 (public, classes), None if there is none; and who was refused."""
         size, public = self.settings.batch_size, len(round.population.shares.public)
         tasks = []
         for cohort in cohorts:
@@ -100,13 +103,15 @@ class Fusion(Streaming):
             tasks.append(Teach(cohort, size, self.least, work))
         total, count = np.zeros((public, round.plan.model.classes)), 0
 
-        def take(taught: Taught) -> None:
+        def take(taught: Taught) -> tuple[int, ...]:
             nonlocal total, count
             total, count = total + taught.logits, count + taught.teachers
+            return taught.refused
 
-        yield Phase("teach", tasks, sent(round, cohorts, self.step), take)
+        refused = yield Phase("teach", tasks, sent(round, cohorts, self.step), take)
         unit = cohorts[0].extra_weight if cohorts else 1.0
-        return (total / (count * unit)).astype(np.float32) if count else None
+        mean = (total / (count * unit)).astype(np.float32) if count else None
+        return mean, [client for some in refused for client in some]
 
     def _student(self, round: Round, level: int) -> Distil:
         own = round.plan.level(level)

@@ -6,13 +6,14 @@ is placed and repeated, and what returns one partial sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from cluster_fl.aggregation.exact import weight_unit
+from cluster_fl.aggregation.exact import fits, weight_unit
 from cluster_fl.aggregation.nested import PartialSum
 from cluster_fl.nesting.extraction import load, read
 from cluster_fl.nesting.plan import Assignment, Holding, State
@@ -27,7 +28,7 @@ from cluster_fl.training.worker import Worker
 class CohortReport:
     """What the clients of a cohort reported, in their order.
 
-    ``refused`` are clients who sent something that was not finite or out of range, which is in no sum.
+    ``refused`` are clients with something that was not finite or out of range: they are in no sum and keep nothing.
     """
 
     clients: tuple[int, ...]
@@ -122,31 +123,30 @@ class Cohort:
         return tuple(member.client for member in self.members)
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> CohortResult:
-        partial, extra = self.empty(worker, state), None
-        trained, kept, refused = [], [], []
+        partial, extra, personal = self.empty(worker, state), None, {}
+        losses, steps, kept, refused = [], [], [], []
         for member in self.members:
             update, done = _train(self, member, worker, state)
-            trained.append(done)
+            losses.append(done.loss)
+            steps.append(done.steps)
             # A client that took no step has nothing to say, so it does not dilute the mean either.
-            if done.steps and not partial.add(update.holding, update.deltas, member.weight, update.coverage):
+            if not _sound(done) or (
+                done.steps and not partial.add(update.holding, update.deltas, member.weight, update.coverage)
+            ):
                 refused.append(member.client)
-            elif done.steps and self.keep:
+                continue
+            if done.steps and self.keep:
                 kept.append(update)
             if done.extra:
                 sent = _only(update.holding, done.extra)
                 extra = extra or self.empty(worker, state, frozenset(done.extra))
                 changes = {n: a.astype(np.float64) for n, a in done.extra.items()}
-                if not extra.add(sent, changes, self.extra_weight):
-                    refused.append(member.client)
+                extra.add(sent, changes, self.extra_weight)
+            if done.personal is not None:
+                personal[member.client] = done.personal
         if self.keep:
             worker.keep(*self.home, kept)
-        losses, steps = tuple(t.loss for t in trained), tuple(t.steps for t in trained)
-        report = CohortReport(self.clients, losses, steps, tuple(refused))
-        personal = {
-            member.client: done.personal
-            for member, done in zip(self.members, trained, strict=True)
-            if done.personal is not None
-        }
+        report = CohortReport(self.clients, tuple(losses), tuple(steps), tuple(refused))
         return CohortResult(partial, extra, report, personal)
 
     def updates(self, worker: Worker, state: Mapping[str, np.ndarray]) -> list[Update]:
@@ -167,6 +167,16 @@ class Cohort:
         if all(member.submodel == first for member in self.members):
             return PartialSum.of(holding, state)
         return PartialSum.over(state, holding.keys.values())
+
+
+def _sound(done: Trained) -> bool:
+    """Whether everything besides the update itself can be used; the sum looks at that while it adds."""
+    kept = (done.personal or {}).values()
+    return (
+        math.isfinite(done.loss)
+        and all(fits(sent) for sent in (done.extra or {}).values())
+        and all(bool(np.isfinite(array).all()) for array in kept if array.dtype.kind == "f")
+    )
 
 
 def _train(

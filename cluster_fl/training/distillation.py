@@ -19,7 +19,6 @@ from cluster_fl.aggregation.exact import fits, on_grid
 from cluster_fl.config import Config
 from cluster_fl.data.batching import batch_sizes
 from cluster_fl.data.partition import Shares
-from cluster_fl.errors import RunError
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.extraction import load, read
 from cluster_fl.nesting.plan import State
@@ -51,10 +50,14 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Taught:
-    """Sum of a cohort's logits (public, classes), scaled by its ``extra_weight``, and how many clients are in it."""
+    """Sum of a cohort's logits (public, classes), scaled by its ``extra_weight``, and how many clients are in it.
+
+    ``refused`` are clients whose logits were not finite or 2^11 or more.
+    """
 
     logits: np.ndarray
     teachers: int
+    refused: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,8 @@ class Teach(OfCohort):
     work: float
 
     def run(self, worker: Worker, state: Mapping[str, np.ndarray]) -> Taught:
-        """Raises RunError for a client whose logits are not finite or 2^11 or more."""
         rows = public_rows(worker.config, worker.shares, self.cohort.round)
-        total, teachers = np.zeros((len(rows), worker.plan.model.classes)), 0
+        total, teachers, refused = np.zeros((len(rows), worker.plan.model.classes)), 0, []
         submodels = {member.client: member.submodel for member in self.cohort.members}
         for update in self.cohort.updates(worker, state):
             model = _trained(worker, submodels[update.client], update, state)
@@ -80,13 +82,11 @@ class Teach(OfCohort):
                 continue
             logits = answers(worker, model, rows, self.batch_size).double().cpu().numpy()
             if not fits(logits):
-                right = (
-                    "answers logits that are not finite or over 2048; lower train.lr or set train.clip_norm."
-                )
-                raise RunError(f"round {self.cohort.round}: client {update.client} {right}")
+                refused.append(update.client)
+                continue
             total += on_grid(logits * self.cohort.extra_weight)
             teachers += 1
-        return Taught(total, teachers)
+        return Taught(total, teachers, tuple(refused))
 
 
 @dataclass(frozen=True)

@@ -318,7 +318,7 @@ def test_several_passes_give_the_same_whoever_kept_what(
 def test_divergence_names_the_clients(tmp_path: Path) -> None:
     messages = []
     for make in (InlinePools, RayPools):
-        config = tiny(tmp_path, "train.lr=1e30", "cluster.pools=1")
+        config = tiny(tmp_path, "train.lr=1e30", "train.on_nan=stop", "cluster.pools=1")
         with pytest.raises(
             RunError, match=r"^round 0: training diverged on clients 1, 2, 3, 4, 5, 6 "
         ) as caught:

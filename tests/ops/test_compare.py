@@ -375,7 +375,9 @@ def test_into_the_folder_of_a_run(shell: Shell) -> None:
 
 
 def test_a_failed_run_does_not_stop_the_others(shell: Shell) -> None:
-    section = "compare: {methods: [{label: Wild, train: {lr: 1.0e+30}}, scalefl], seeds: [0, 1]}\n"
+    section = (
+        "compare: {methods: [{label: Wild, train: {lr: 1.0e+30, on_nan: stop}}, scalefl], seeds: [0, 1]}\n"
+    )
     code, out, err = shell(*words(shell.folder, "rounds=1", section=section))
     assert code == 1
     assert "Wild (0 of 2 seeds)" in out

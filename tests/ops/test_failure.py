@@ -11,7 +11,13 @@ from tests.tiny import write_tiny
 
 
 def test_a_failed_run_says_where_its_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(write_tiny(tmp_path)), "train.lr=1e30", f"run.root={tmp_path}", "run.name=boom"]
+    words = [
+        str(write_tiny(tmp_path)),
+        "train.lr=1e30",
+        "train.on_nan=stop",
+        f"run.root={tmp_path}",
+        "run.name=boom",
+    ]
     assert main(["run", *words, "--debug", "--quiet"]) == 1
     told = capsys.readouterr()
     report = tmp_path / "boom" / "error.log"
