@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -58,20 +59,38 @@ class Driver:
         """Plan, then round after round; the last event is :class:`Finished`.
 
         Raises:
-            UserError: the configuration cannot work; nothing has been written.
-            RunError: a cohort kept killing its pools, training diverged, ...
+            UserError: the configuration cannot work, or another process has the folder; nothing has been written.
+            RunError: a cohort kept killing its pools, the disk is full, ... The last complete round has a checkpoint
+                then, if it could be written.
         """
         self._experiment = experiment.prepare(self._config)
         self._plan, self._population = self._experiment.plan, self._experiment.population
         self._pools = self._make_pools(self._experiment)
         try:
-            progress = self._begin()
-            yield self._planned(progress.rounds)
-            for number in range(progress.rounds, self._config.rounds):
-                progress = yield from self._round(number, progress)
-            yield Finished((yield from self._summarise(progress)))
+            with self._folder.locked(), self._kept():
+                if not self._resume:
+                    self._folder.create(self._config)
+                progress = self._begin()
+                yield self._planned(progress.rounds)
+                for number in range(progress.rounds, self._config.rounds):
+                    progress = yield from self._round(number, progress)
+                yield Finished((yield from self._summarise(progress)))
         finally:
             self._pools.close()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Whatever ends the run, the rounds that are complete stay."""
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):
+                self.stop()
+            raise RunError(f"{error.filename or self._folder.path}: {error.strerror or error}.") from error
+        except Exception:
+            with suppress(OSError):
+                self.stop()
+            raise
 
     def stop(self) -> int:
         """Makes sure that the last complete round has a checkpoint; returns how many are complete."""
@@ -83,8 +102,6 @@ class Driver:
 
     def _begin(self) -> Progress:
         found = self._folder.load(self._config) if self._resume else None
-        if not self._resume:
-            self._folder.create(self._config)
         progress = found or self._first()
         if progress.device != self._pools.device:
             right = (

@@ -31,8 +31,13 @@ class Usage:
 class Pools(Protocol):
     """A set of pools, all with the same data and plan."""
 
-    count: int
-    device: str  # "cpu" or "cuda": another kind computes other bits
+    @property
+    def count(self) -> int:
+        """How many there are at the moment."""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda: another kind computes other bits."""
 
     def publish(self, state: Mapping[str, np.ndarray]) -> Any:
         """Makes a state known to all pools; the handle may serve any number of phases."""

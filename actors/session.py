@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.driver import Driver
 from actors.events import Event
@@ -24,8 +25,10 @@ class Session:
     """A driver actor as seen by its caller."""
 
     def __init__(self, config: Config, folder: RunFolder, resume: bool) -> None:
-        # Two threads, so that `stop` is answered while `run` runs; no CPU of its own, since it mostly waits.
-        actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2)
+        # On this node, whose disk has the run folder. Two threads, so that `stop` is answered while `run` runs; no
+        # CPU of its own, since it mostly waits.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
         self._driver = actor.remote(config, folder, RayPools, resume)
 
     def run(self) -> Iterator[Event]:
@@ -62,7 +65,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
             ray.init(address=address, **common)
         else:
             ray.init(address="local", include_dashboard=False, **own_resources(cluster), **common)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises whatever it likes, plain Exception included
         raise RunError(
             f"cannot connect to Ray at {address or 'local'}: {str(error).splitlines()[0]}"
         ) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +132,11 @@ class ClientStates:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
+    """Raises OSError if the disk is full, or will not be written for another reason."""
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     sync(path)
 
 
@@ -148,9 +155,36 @@ class RunFolder:
     def create(self, config: Config) -> None:
         """Raises UserError if the folder holds a run already or cannot be written."""
         self.refuse_existing()
-        try:
+        with self._writable():
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config_file, to_yaml(config))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else can have the folder meanwhile. The lock ends with the process, however that ends.
+
+        Raises:
+            UserError: another process has it, or it cannot be written.
+        """
+        with self._writable():
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                right = f"is being written by {file.read() or 'another process'}; wait for it, or stop it."
+                raise UserError("run.name", self.path.name, right) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError("run.root", self.path.parent, f"cannot be written: {error.strerror}.") from None
 
@@ -194,7 +228,10 @@ class RunFolder:
         if not self.path.is_dir():
             return ""
         log = self.path / "error.log"
-        write_text(log, "".join(traceback.format_exception(error)))
+        try:
+            write_text(log, "".join(traceback.format_exception(error)))
+        except OSError:
+            return ""
         return f"The full report is in {log}."
 
     def summary(self) -> dict[str, Any] | None:
@@ -227,6 +264,19 @@ class RunFolder:
         if target.exists():
             return
         draft = folder / f".{target.name}.{os.getpid()}"
+        try:
+            self._write_checkpoint(draft, config, progress)
+            os.replace(draft, target)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)  # a full disk needs the room
+            raise
+        sync(folder)
+        abandoned = folder.glob(".round-*")  # drafts of processes that were killed
+        for old in (*self._checkpoints()[: -config.checkpoint.keep], *abandoned):
+            shutil.rmtree(old)
+        self.clients.prune([self._named(kept) for kept in self._checkpoints()], progress.rounds)
+
+    def _write_checkpoint(self, draft: Path, config: Config, progress: Progress) -> None:
         draft.mkdir(parents=True, exist_ok=True)
         save_arrays(draft / "state.safetensors", progress.state)
         if progress.memory:
@@ -246,12 +296,6 @@ class RunFolder:
             },
         }
         write_text(draft / "meta.json", pretty(meta))
-        os.replace(draft, target)
-        sync(folder)
-        abandoned = folder.glob(".round-*")  # drafts of processes that were killed
-        for old in (*self._checkpoints()[: -config.checkpoint.keep], *abandoned):
-            shutil.rmtree(old)
-        self.clients.prune([self._named(kept) for kept in self._checkpoints()], progress.rounds)
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -365,8 +409,12 @@ def pretty(content: Mapping[str, Any]) -> str:
 def write_text(path: Path, text: str) -> None:
     """The file appears whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

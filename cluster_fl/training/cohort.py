@@ -7,7 +7,8 @@ is placed and repeated, and what returns one partial sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from cluster_fl.aggregation.exact import fits, weight_unit
 from cluster_fl.aggregation.nested import PartialSum
+from cluster_fl.errors import ClusterFLError, RunError
 from cluster_fl.nesting.extraction import load, read
 from cluster_fl.nesting.plan import Assignment, Holding, State
 from cluster_fl.nesting.submodel import Submodel
@@ -126,7 +128,8 @@ class Cohort:
         partial, extra, personal = self.empty(worker, state), None, {}
         losses, steps, kept, refused = [], [], [], []
         for member in self.members:
-            update, done = _train(self, member, worker, state)
+            with self._naming(member):
+                update, done = _train(self, member, worker, state)
             losses.append(done.loss)
             steps.append(done.steps)
             # A client that took no step has nothing to say, so it does not dilute the mean either.
@@ -148,6 +151,19 @@ class Cohort:
             worker.keep(*self.home, kept)
         report = CohortReport(self.clients, tuple(losses), tuple(steps), tuple(refused))
         return CohortResult(partial, extra, report, personal)
+
+    @contextmanager
+    def _naming(self, member: Member) -> Iterator[None]:
+        """Whatever its training raises is told with the client's number."""
+        try:
+            yield
+        except ClusterFLError:
+            raise
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(
+                f"round {self.round}: training of client {member.client} failed: {said}"
+            ) from error
 
     def updates(self, worker: Worker, state: Mapping[str, np.ndarray]) -> list[Update]:
         """What its clients sent in this round: kept by this pool, or trained once more from ``state``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster_fl.errors import UserError
+from cluster_fl.errors import RunError, UserError
 from cluster_fl.records import RunFolder
 from tests.processes import Command, line_count
 from tests.tiny import outcome, run_here, tiny, write_tiny
@@ -97,6 +98,20 @@ def crashing(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> Callable[[]
     return lambda: calls
 
 
+def filling(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
+    """From the call number ``at`` (from 0) of an ``os`` function on, the disk is full."""
+    original, calls = getattr(os, name), 0
+
+    def function(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+        return original(*arguments)
+
+    monkeypatch.setattr(os, name, function)
+
+
 @pytest.fixture(scope="module")
 def writes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """How many renames and syncs a run has."""
@@ -141,6 +156,25 @@ def test_a_crash_at_any_write(
         with pytest.raises(UserError, match="no run folder"):
             RunFolder(path).config()
     run_here(config, path, resume=begun)
+    assert left(path) == reference
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [point for point in POINTS if point.values[1] in (1, 2, 5, 6, 7) or point.marks],  # type: ignore[union-attr]
+)
+def test_a_full_disk_at_any_write(
+    tmp_path: Path, reference: Computed, monkeypatch: pytest.MonkeyPatch, name: str, at: int
+) -> None:
+    """One line, nothing half-written, and the rounds that were complete are still there."""
+    config, path = tiny(tmp_path, "checkpoint.every=2"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        filling(patch, name, at)
+        with pytest.raises((UserError, RunError), match="No space left on device") as caught:
+            run_here(config, path)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in path.rglob(".*") if file.name != ".lock"] == []
+    run_here(config, path, resume=(path / "config.yaml").exists())
     assert left(path) == reference
 
 

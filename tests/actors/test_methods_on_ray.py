@@ -47,6 +47,6 @@ def test_a_pool_killed_in_a_phase_leaves_the_bits_alone(method: str, phase: str,
     for event in Driver(config, RunFolder(tmp_path / "ray"), make).run():
         if isinstance(event, Working) and (event.round, event.phase, event.done) == (1, phase, 0):
             # The driver waits for its next event: the pool dies before it is asked, or in the middle of its task.
-            ray.kill(made[0]._alive[0])
+            ray.kill(made[0]._alive[0].actor)
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
     assert sum(record["retries"] for record in lines(tmp_path / "ray")) >= 1

@@ -77,7 +77,7 @@ def test_a_killed_pool_and_a_resumed_driver_leave_a_buffered_run_alone(tmp_path:
     events = Driver(config, RunFolder(tmp_path / "ray"), make).run()
     for event in events:
         if isinstance(event, Working) and (event.round, event.phase, event.done) == (2, "train", 0):
-            ray.kill(made[0]._alive[0])
+            ray.kill(made[0]._alive[0].actor)
         if isinstance(event, Working) and (event.round, event.phase, event.done) == (4, "train", 1):
             break
     events.close()  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cluster_fl.aggregation.nested import CoverageMean, PartialSum, aggregate
 from cluster_fl.data.partition import Shares
+from cluster_fl.errors import RunError
 from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.models.layered import Layered
 from cluster_fl.nesting.plan import Assignment, State
@@ -174,6 +175,20 @@ def test_one_diverged_client_leaves_the_others_alone(
     result = cohort(experiment, 2, (bad, good)).run(other, state)
     assert result.report.refused == (bad,)
     assert bits(result.partial) == bits(alone[good].partial)
+
+
+def test_what_a_clients_training_raises_names_the_client(experiment: Experiment, state: State) -> None:
+    class Raises(LocalProgram):
+        def train(self, model: Layered, context: Context) -> Trained:
+            if context.client == 7:
+                raise ValueError("one line\nand another")
+            return experiment.program.train(model, context)
+
+    worker = worker_of(experiment)
+    worker.program = Raises()
+    told = "^round 1: training of client 7 failed: ValueError: one line and another$"
+    with pytest.raises(RunError, match=told):
+        cohort(experiment, 3, (4, 7)).run(worker, state)
 
 
 @pytest.mark.parametrize("change", [("epochs", 0), ("lr", 0.0)])
