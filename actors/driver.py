@@ -261,6 +261,7 @@ class Driver:
                 "pools": self._pools.count,
                 "busy_s": round(usage.busy_s, 4),
                 "tail_s": round(usage.tail_s, 4),
+                "store_bytes": usage.store_bytes,
             },
         }
         return record if accuracy is None else record | {"accuracy": accuracy}

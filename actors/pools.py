@@ -20,12 +20,14 @@ class Usage:
     """What the pools did since somebody last asked.
 
     ``busy_s`` and ``tail_s`` are wall-clock seconds of all pools together: in tasks, and idle while others
-    ended a phase. ``retries`` are tasks sent again after a pool died.
+    ended a phase. ``retries`` are tasks sent again after a pool died. ``store_bytes`` were put into the object
+    store.
     """
 
     busy_s: float = 0.0
     tail_s: float = 0.0
     retries: int = 0
+    store_bytes: int = 0
 
 
 class Pools(Protocol):

@@ -112,6 +112,7 @@ class RayPools:
         return self._computes[0]
 
     def publish(self, state: Mapping[str, np.ndarray]) -> Any:
+        self._usage.store_bytes += sum(array.nbytes for array in state.values())
         try:
             return ray.put(state)
         except RayError as error:

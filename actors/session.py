@@ -6,19 +6,32 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.driver import Driver
-from actors.events import Event
+from actors.events import Event, RoundDone
+from actors.metrics import Pulse
 from actors.ray_pools import RayPools
 from cluster_fl.config import ClusterConfig, Config
 from cluster_fl.errors import ClusterFLError, RunError
 from cluster_fl.records import RunFolder
+
+
+class DriverActor(Driver):
+    """A driver whose pulse Ray exports."""
+
+    def run(self) -> Iterator[Event]:
+        pulse = Pulse(self._folder.path.name)
+        for event in super().run():
+            if isinstance(event, RoundDone):
+                pulse.beat(event.record)
+            yield event
 
 
 class Session:
@@ -28,7 +41,7 @@ class Session:
         # On this node, whose disk has the run folder. Two threads, so that `stop` is answered while `run` runs; no
         # CPU of its own, since it mostly waits.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+        actor = ray.remote(DriverActor).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
         self._driver = actor.remote(config, folder, RayPools, resume)
 
     def run(self) -> Iterator[Event]:
@@ -60,19 +73,39 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            ray.init(address="local", include_dashboard=False, **own_resources(cluster), **common)
-    except Exception as error:  # Ray raises whatever it likes, plain Exception included
-        raise RunError(
-            f"cannot connect to Ray at {address or 'local'}: {str(error).splitlines()[0]}"
-        ) from error
+    with nullcontext() if address else _on_loopback():
+        try:
+            if address:
+                ray.init(address=address, **common)
+            else:
+                ray.init(address="local", include_dashboard=False, **own_resources(cluster), **common)
+        except Exception as error:  # Ray raises whatever it likes, plain Exception included
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"cannot connect to Ray at {address or 'local'}: {why}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started meanwhile can be reached from this machine alone; Ray's own listens to all the world.
+
+    The switch is that of the systems on which Ray makes no clusters. It is read here when Ray is imported, which is
+    over, and by the processes that Ray starts.
+    """
+    known, variable = ray_constants.ENABLE_RAY_CLUSTER, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(variable)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = known
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def own_resources(cluster: ClusterConfig) -> dict[str, float]:

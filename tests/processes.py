@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -23,17 +23,27 @@ DEADLINE_S = 120.0
 POLL_S = 0.002
 
 
-class Command:
-    """``python -m ops.cli WORDS``; as a context manager it leaves no process behind."""
+CLUSTER_FL = (sys.executable, "-m", "ops.cli")
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
+
+class Command:
+    """``python -m ops.cli WORDS``, or another program; as a context manager it leaves no process behind."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        folder: Path,
+        program: Sequence[str] = CLUSTER_FL,
+        where: Path = REPOSITORY,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._mark = uuid4().hex
         self._out, self._err = folder / f"{self._mark}.out", folder / f"{self._mark}.err"
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: self._mark}
+        inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {MARK: self._mark}
         # An installed command's PYTHONPATH is none of our business; the checkout comes from the folder.
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", *words], cwd=REPOSITORY, env=environment,
+                [*program, *words], cwd=where, env=inherited | dict(environment or {}),
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
 
@@ -61,9 +71,9 @@ class Command:
     def wait(self) -> int:
         return self.process.wait(DEADLINE_S)
 
-    def interrupt(self) -> None:
+    def interrupt(self, sent: int = signal.SIGINT) -> None:
         """Ctrl-C, as a terminal sends it: to the whole group."""
-        os.killpg(self.process.pid, signal.SIGINT)
+        os.killpg(self.process.pid, sent)
 
     def kill(self) -> None:
         """SIGKILL to every process of the tree, until none is left."""
@@ -105,3 +115,34 @@ def wait(event: Callable[[], bool]) -> None:
 
 def line_count(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
+
+
+def children(parent: int) -> list[int]:
+    """All living descendants of a process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:  # gone meanwhile
+                continue
+            if above == parent:
+                found += [int(entry.name), *children(int(entry.name))]
+    return found
+
+
+def listeners(pids: Iterable[int]) -> set[str]:
+    """The addresses, as the kernel writes them, at which these processes listen for TCP connections."""
+    sockets = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(file))
+            except OSError:  # gone meanwhile
+                continue
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()
+    ]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}

@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.processes import wait
+from tests.processes import children, wait
 
 # A node counts as dead after some three seconds of silence; Ray's own default is about seventeen.
 SYSTEM = {"health_check_period_ms": 500, "health_check_failure_threshold": 6, "health_check_timeout_ms": 500}
@@ -85,14 +85,11 @@ def _raylet(node: Any) -> int:
 
 
 def _pools_under(raylet: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                name = (entry / "cmdline").read_bytes()
-            except OSError:  # gone meanwhile
-                continue
-            if parent == raylet and name.startswith(b"ray::Pool"):
-                found.append(int(entry.name))
-    return sorted(found)
+    return sorted(pid for pid in children(raylet) if _name(pid).startswith(b"ray::Pool"))
+
+
+def _name(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # gone meanwhile
+        return b""

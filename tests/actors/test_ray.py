@@ -28,7 +28,7 @@ from cluster_fl.records import RunFolder, weights_sha256
 from cluster_fl.training import cohort
 from cluster_fl.training.cohort import Cohort, CohortResult
 from cluster_fl.training.worker import Worker
-from tests.processes import wait
+from tests.processes import children, listeners, wait
 from tests.test_merging import TwoPasses, Weighed
 from tests.tiny import lines, outcome, planned, round_of, run_here, tiny
 
@@ -102,6 +102,12 @@ def test_a_users_mistake_arrives_as_such(tmp_path: Path) -> None:
         list(Session(config, RunFolder(tmp_path / "run"), resume=False).run())
     assert caught.value.key == "clients.count"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cluster_of_our_own_listens_to_this_machine_alone() -> None:
+    found = listeners([*children(os.getpid()), os.getpid()])
+    assert found
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and the same for IPv6
 
 
 def test_more_pools_than_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
