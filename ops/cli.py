@@ -1,7 +1,7 @@
 """The ``cluster-fl`` command.
 
 Exit codes: 0; 2 for a user's mistake (one line on stderr); 1 for a failure (one line and where the log is);
-130 for Ctrl-C, after a checkpoint.
+130 for Ctrl-C or SIGTERM, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from ops import environment, place
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words += rest
     # The user's own modules (`model.name: package.module:function`) lie where the command is called.
     sys.path.append(os.getcwd())
+    environment.take_over()
     try:
         code: int = args.command(args)
         return code
@@ -45,7 +48,7 @@ def _report(error: Exception) -> int:
 
     if isinstance(error, ClusterFLError):
         return _fail(str(error), 2 if isinstance(error, UserError) else 1)
-    log = Path("cluster-fl-error.log")
+    log = place.start() / "cluster-fl-error.log"
     log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return _fail(f"unexpected {type(error).__name__}: {error}. The full report is in {log.resolve()}.", 1)
 
@@ -82,6 +85,12 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(args)
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    from ops.sweep import sweep
+
+    return sweep(args)
+
+
 def _simulate(args: argparse.Namespace) -> int:
     from ops.simulate import simulate
 
@@ -98,6 +107,30 @@ def _methods(args: argparse.Namespace) -> int:
     from ops.commands import methods
 
     return methods(args)
+
+
+def _dashboard(args: argparse.Namespace) -> int:
+    from ops.tracking.dashboard import dashboard
+
+    return dashboard(args)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from ops.submitting import submit
+
+    return submit(args)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from ops.submitting import status
+
+    return status(args)
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from ops.submitting import stop
+
+    return stop(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,6 +176,20 @@ def _parser() -> argparse.ArgumentParser:
         debug=True,
         table=True,
     )
+    swept = _add(
+        commands,
+        "sweep",
+        _sweep,
+        "Try settings with Ray Tune, show which did best, and write the best configuration.",
+        "cluster-fl sweep configs/sweep/lr_asha.yaml sweep.search.trials=6",
+        ("CONFIG", "YAML files with a section `sweep`, and key=value overrides"),
+        json=True,
+    )
+    swept.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a sweep of that name, and start none if there is none",
+    )
     simulated = _add(
         commands,
         "simulate",
@@ -177,7 +224,62 @@ def _parser() -> argparse.ArgumentParser:
         json=True,
         nargs="*",
     )
+    _add(
+        commands,
+        "dashboard",
+        _dashboard,
+        "Make one W&B dashboard for all runs of a project, or of one group of them.",
+        "cluster-fl dashboard tracking.project=cluster-fl tracking.group=compare_digits",
+        ("CONFIG", "YAML files and key=value overrides; only tracking.* counts"),
+        json=True,
+        nargs="*",
+    )
+    _add_jobs(commands)
     return parser
+
+
+def _add_jobs(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """Commands that speak to a cluster's dashboard."""
+    url = "http://127.0.0.1:8265"
+    submit = _add(
+        commands,
+        "submit",
+        _submit,
+        "Run an experiment as a job of a Ray cluster and follow its log; the exit code is the run's.",
+        f"cluster-fl submit configs/scalefl_cifar10.yaml run.name=first --address {url}",
+        ("CONFIG", "YAML files and key=value overrides, as for run"),
+    )
+    submit.add_argument("--detach", action="store_true", help="print the job's name and do not wait")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="forward this variable as well"
+    )
+    submit.add_argument(
+        "--include", action="append", default=[], type=Path, metavar="PATH",
+        help="send this file or folder besides the YAML files and the modules below this folder",
+    )  # fmt: skip
+    status = _add(
+        commands,
+        "status",
+        _status,
+        "List the jobs of a Ray cluster.",
+        f"cluster-fl status --address {url}",
+        ("JOB", "jobs; all of them when none is named"),
+        json=True,
+        nargs="*",
+    )
+    stop = _add(
+        commands,
+        "stop",
+        _stop,
+        "Stop jobs; the complete rounds of their runs are kept.",
+        f"cluster-fl stop first-20260101-120000-1a2b --address {url}",
+        ("JOB", "as status shows it"),
+    )
+    for command in (submit, status, stop):
+        command.add_argument(
+            "--address", metavar="URL",
+            help=f"the cluster's dashboard; RAY_API_SERVER_ADDRESS, else {url}, when not given",
+        )  # fmt: skip
 
 
 def _add(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, Field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +23,10 @@ from cluster_fl.config import ClusterConfig, Config, DataConfig
 from cluster_fl.data import datasets
 from cluster_fl.errors import RunError, UserError
 from cluster_fl.records import RunFolder
-from ops import tables
+from ops import place, tables
+from ops.begun import is_begun
 from ops.progress import Screen
+from ops.tracking import tracker
 
 
 class Runner(Protocol):
@@ -38,7 +43,14 @@ MakeRunner = Callable[[Config, RunFolder, bool], Runner]
 
 def run(args: argparse.Namespace) -> int:
     config = absolute(compose(*split_words(args.words)))
-    folder = RunFolder(Path(config.run.root) / (config.run.name or folder_name(config, args.words)))
+    name = config.run.name
+    folder = RunFolder(Path(config.run.root) / (name or folder_name(config, args.words)))
+    # A name that was made here is a new run's; one that was given may be that of a run to go on with.
+    if name is not None and is_begun(folder, config, name, "run"):
+        if not args.quiet:
+            doing = "going on with" if folder.summary() is None else "finished before:"
+            print(f"{doing} {folder.path}", file=sys.stderr)
+        return _go_on(config, folder, args)
     folder.refuse_existing()
     return _drive(config, folder, args, resume=False)
 
@@ -51,7 +63,11 @@ def resume(args: argparse.Namespace) -> int:
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in INCIDENTAL):
             right = f"cannot change in a run that has begun; only {', '.join(INCIDENTAL)} can."
             raise UserError(key, override.partition("=")[2], right)
-    config = folder.config(overrides)
+    return _go_on(folder.config(overrides), folder, args)
+
+
+def _go_on(config: Config, folder: RunFolder, args: argparse.Namespace) -> int:
+    """A run from its last complete round to its end; of a finished one, what it found."""
     folder.load(config)  # another configuration, or a damaged checkpoint, is told before anything starts
     summary = folder.summary()
     if summary is not None:
@@ -104,11 +120,13 @@ def _describe_option(spec: Field[Any]) -> dict[str, Any]:
 
 def _drive(config: Config, folder: RunFolder, args: argparse.Namespace, resume: bool) -> int:
     with ExitStack() as stack:
+        shown = stack.enter_context(tracker(config, folder, quiet=args.quiet))
         runner = connect(stack, config.cluster, args.debug)(config, folder, resume)
         screen = stack.enter_context(Screen(config.rounds, args.quiet))
         try:
             for event in runner.run():
                 screen.show(event)
+                shown.show(event)
                 if isinstance(event, Finished):
                     summary = event.summary
         except KeyboardInterrupt:
@@ -126,16 +144,33 @@ def _drive(config: Config, folder: RunFolder, args: argparse.Namespace, resume: 
 
 
 def connect(stack: ExitStack, cluster: ClusterConfig, debug: bool) -> MakeRunner:
-    """Where runs happen until the stack ends: on a Ray cluster, or with ``debug`` in this process."""
+    """Where runs happen until the stack ends: on a Ray cluster, or with ``debug`` in this process.
+
+    Until then SIGTERM, with which Ray stops a job, is as good as Ctrl-C.
+    """
     if debug:
         from actors.driver import Driver
         from actors.pools import InlinePools
 
+        stack.enter_context(_sigterm_is_ctrl_c())
         return lambda config, folder, resume: Driver(config, folder, InlinePools, resume)
     from actors.session import Session, connected
 
     stack.enter_context(connected(cluster))
+    stack.enter_context(_sigterm_is_ctrl_c())  # only now: Ray sets a handler of its own as it connects
     return Session
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be caught
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _show(args: argparse.Namespace, folder: RunFolder, summary: dict[str, Any]) -> None:
@@ -152,9 +187,10 @@ def split_words(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def absolute(config: Config) -> Config:
-    """Paths as the user meant them, wherever the driver runs."""
-    data: DataConfig = replace(config.data, root=os.path.abspath(config.data.root))
-    return replace(config, data=data, run=replace(config.run, root=os.path.abspath(config.run.root)))
+    """Paths as the user meant them, wherever the driver runs; relative ones begin at :func:`place.start`."""
+    start = place.start()
+    data: DataConfig = replace(config.data, root=os.path.abspath(start / config.data.root))
+    return replace(config, data=data, run=replace(config.run, root=os.path.abspath(start / config.run.root)))
 
 
 def folder_name(config: Config, arguments: list[str]) -> str:

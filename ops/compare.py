@@ -12,23 +12,25 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cluster_fl import experiment
-from cluster_fl.compose import COMPARE, INCIDENTAL, compose, fingerprint, read_section
+from cluster_fl.compose import COMPARE, compose, read_section
 from cluster_fl.config import Config, RunConfig, choose
 from cluster_fl.data import datasets
 from cluster_fl.errors import RunError, UserError
 from cluster_fl.records import RunFolder, pretty, write_text
 from ops import comparison, tables
 from ops.accuracy import NAMES as ACCURACIES
+from ops.begun import is_begun, keys, value_at
 from ops.commands import MakeRunner, absolute, connect, split_words
 from ops.comparison import Run, Target, Values
 from ops.progress import Screen
+from ops.tracking import check, tracker
 
 # What makes runs comparable: an entry cannot change it.
 SHARED = ("seed", "run", "cluster", "clients.count", "data", "time")
@@ -73,7 +75,7 @@ class Entry:
         try:
             yield
         except UserError as error:
-            if any(error.key == key or error.key.startswith(f"{key}[") for key in _keys(self.settings)):
+            if any(error.key == key or error.key.startswith(f"{key}[") for key in keys(self.settings)):
                 key = self.where if self.by_name else f"{self.where}.{error.key}"
                 raise UserError(key, error.value, error.right) from None
             raise UserError(error.key, error.value, f"{error.right} (for {self.label})") from None
@@ -161,6 +163,8 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> Comparison:
     )
     for entry in entries:
         _check_plan(entry, jobs)
+    for job in jobs:
+        check(job.config.tracking)
     return Comparison(path, Target(section.target, section.target_of), seeds, entries, jobs)
 
 
@@ -191,10 +195,10 @@ def _entry(where: str, content: Any) -> Entry:
             near = difflib.get_close_matches(key, ["label", *valid], 1, 0.5)
             hint = f"Did you mean {near[0]}?" if near else f"Valid: label, {', '.join(valid)}."
             raise UserError(f"{where}.{key}", settings[key], f"is not an option. {hint}")
-    for key in _keys(settings):
+    for key in keys(settings):
         if any(key == shared or key.startswith(f"{shared}.") for shared in SHARED):
             right = "is the same for all methods: set it outside of compare (seeds: compare.seeds)."
-            raise UserError(f"{where}.{key}", _at(settings, key), right)
+            raise UserError(f"{where}.{key}", value_at(settings, key), right)
     label = content.get("label", settings.get("method"))
     if label is None:
         raise UserError(f"{where}.label", None, "must name the entry, since it names no method of its own.")
@@ -243,38 +247,7 @@ def _job(entry: Entry, config: Config, seed: int, path: Path) -> Job:
     root, name = path / entry.slug, f"seed-{seed}"
     config = replace(config, seed=seed, run=RunConfig(str(root), name))
     folder = RunFolder(root / name)
-    return Job(entry, config, folder, _is_begun(folder, config, path.name))
-
-
-def _is_begun(folder: RunFolder, config: Config, name: str) -> bool:
-    """Raises UserError if the folder holds another run than this one."""
-    if not folder.config_file.exists():
-        folder.refuse_existing()
-        return False
-    try:
-        before = folder.config()
-    except UserError as error:
-        why = f"whose config.yaml cannot be used ({error})"
-    else:
-        if fingerprint(before) == fingerprint(config):
-            return True
-        why = f"of another configuration ({', '.join(_differences(before, config))})"
-    right = f"{folder.path} holds a run {why}; give this comparison another run.name, or delete that folder."
-    raise UserError("run.name", name, right)
-
-
-def _differences(before: Config, after: Config) -> list[str]:
-    """The first few keys in which two configurations differ, other than where and how fast they run."""
-    one, other = asdict(before), asdict(after)
-    ignored = (*INCIDENTAL, "run")
-    keys = [
-        key
-        for key in dict.fromkeys((*_keys(one), *_keys(other)))
-        if _at(one, key) != (value := _at(other, key))
-        and not isinstance(value, Mapping)
-        and not any(key == skip or key.startswith(f"{skip}.") for skip in ignored)
-    ]
-    return [*keys[:3], "..."] if len(keys) > 3 else keys
+    return Job(entry, config, folder, is_begun(folder, config, path.name, "comparison"))
 
 
 def _check_plan(entry: Entry, jobs: Sequence[Job]) -> None:
@@ -319,10 +292,12 @@ def _run_all(whole: Comparison, args: argparse.Namespace) -> list[Run]:
 
 def _run(whole: Comparison, job: Job, make_runner: MakeRunner, quiet: bool) -> Run:
     runner = make_runner(job.config, job.folder, job.begun)
-    with job.entry.explaining(), Screen(job.config.rounds, quiet) as screen:
+    shown = tracker(job.config, job.folder, whole.path.name, job.name, quiet)
+    with job.entry.explaining(), shown, Screen(job.config.rounds, quiet) as screen:
         try:
             for event in runner.run():
                 screen.show(event)
+                shown.show(event)
         except KeyboardInterrupt:
             runner.stop()
             raise
@@ -351,22 +326,6 @@ def _tell(text: str, quiet: bool) -> None:
     """A line on stderr, where a run's screen is too."""
     if not quiet:
         Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all values, sections included."""
-    for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
-
-
-def _at(node: Any, key: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return None
-        node = node[part]
-    return node
 
 
 def _write(file: Path, text: str) -> None:

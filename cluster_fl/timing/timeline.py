@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -110,6 +110,20 @@ def read(folder: Path | str) -> pa.Table:
     return pa.concat_tables([_read(file) for file in files])
 
 
+def of_round(folder: Path | str, number: int) -> pa.Table:
+    """The rows of one round of a run folder, also while the run goes on.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    here = Timeline(Path(folder))
+    part = here.part(number)
+    if part.exists():
+        with suppress(RunError):  # the end of the run may just have put it into the whole file
+            return _read(part)
+    return _read(here.file, pc.field("round") == number)
+
+
 def count(folder: Path) -> int:
     """Rows of a whole timeline, without reading them."""
     rows: int = pq.read_metadata(Timeline(folder).file).num_rows
@@ -137,6 +151,10 @@ class Timeline:
     def parts(self) -> list[Path]:
         """The rounds' files, in the order of the rounds."""
         return sorted(self.folder.glob("round-*.parquet"), key=_number)
+
+    def part(self, number: int) -> Path:
+        """A round's file."""
+        return self.folder / f"round-{number:05d}.parquet"
 
     def append(self, step: Step, pauses: np.ndarray) -> None:
         """Keeps a round; it replaces what is there of the same round."""
@@ -166,7 +184,7 @@ class Timeline:
 
     def _write(self, number: int, table: pa.Table) -> None:
         self.folder.mkdir(exist_ok=True)
-        with whole(self.folder / f"round-{number:05d}.parquet", self.path) as file:
+        with whole(self.part(number), self.path) as file:
             pq.write_table(table, file, compression="zstd")
 
 
@@ -244,9 +262,9 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
     return result
 
 
-def _read(file: Path) -> pa.Table:
+def _read(file: Path, rows: pc.Expression | None = None) -> pa.Table:
     try:
-        table = pq.read_table(file, schema=SCHEMA, partitioning=None)
+        table = pq.read_table(file, schema=SCHEMA, partitioning=None, filters=rows)
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"{file} is damaged ({str(error).splitlines()[0]}).") from None
     at = table.schema.get_field_index("fate")

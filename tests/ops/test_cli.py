@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,19 @@ def test_a_file_that_is_no_yaml(shell: Shell) -> None:
     assert "YAML" in line
 
 
-def test_a_run_into_a_run_folder(shell: Shell) -> None:
+def test_a_run_into_the_folder_of_another(shell: Shell) -> None:
     assert shell.run("rounds=1", "--quiet")[0] == 0
-    line = shell.refuses_run("rounds=1")
+    line = shell.refuses_run("rounds=1", "train.lr=0.05", "checkpoint.keep=1")
     assert "run.name=run" in line
-    assert f"cluster-fl resume {shell.root / 'run'}" in line
+    assert str(shell.root / "run") in line
+    assert "(train.lr)" in line
+
+
+def test_a_run_into_a_folder_that_cannot_be_told(shell: Shell) -> None:
+    (shell.root / "run" / "checkpoints").mkdir(parents=True)
+    assert "holds a run already" in shell.refuses_run("rounds=1")
+    (shell.root / "run" / "config.yaml").write_text("rounds: [1")
+    assert "config.yaml cannot be used" in shell.refuses_run("rounds=1")
 
 
 def test_a_root_that_is_a_file(shell: Shell) -> None:
@@ -195,7 +204,7 @@ def test_a_damaged_checkpoint_is_a_failure_not_a_mistake(shell: Shell) -> None:
 
 
 def test_divergence_is_a_failure_not_a_mistake(shell: Shell) -> None:
-    code, out, err = shell.run("train.lr=1e30", "--quiet")
+    code, out, err = shell.run("train.lr=1e30", "train.on_nan=stop", "--quiet")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "train.lr" in err
     assert line_count(shell.root / "run" / "rounds.jsonl") == 0
@@ -226,6 +235,7 @@ def test_the_run_folder(shell: Shell) -> None:
         f"checkpoints/round-0000{n}/{name}" for n in (3, 4) for name in ("meta.json", "state.safetensors")
     }
     written = {
+        ".lock",
         "config.yaml",
         "plan.json",
         "rounds.jsonl",
@@ -336,6 +346,27 @@ def test_resuming_a_finished_run_shows_it_again_and_changes_nothing(shell: Shell
     assert shell.files() == before
 
 
+def test_running_a_finished_run_shows_it_again_and_changes_nothing(shell: Shell) -> None:
+    _, out, _ = shell.run("rounds=1")
+    before = shell.files()
+    code, again, err = shell.run("rounds=1", "checkpoint.keep=1")
+    assert (code, again, err) == (0, out, f"finished before: {shell.root / 'run'}\n")
+    assert shell.files() == before
+    assert shell.run("rounds=1", "--quiet") == (0, "", "")
+
+
+def test_running_an_unfinished_run_goes_on_with_it(shell: Shell) -> None:
+    path = unfinished(shell)
+    expected = lines(path)
+    code, _, err = shell.run()
+    told, planned, *_ = err.splitlines()
+    assert (code, told) == (0, f"going on with {path}")
+    assert "from round 3" in planned
+    assert lines(path) == expected  # not even trained again
+    run_here(tiny(shell.folder), shell.root / "undisturbed")
+    assert outcome(path) == outcome(shell.root / "undisturbed")
+
+
 def test_a_run_without_a_name_gets_one(shell: Shell) -> None:
     assert shell("run", str(shell.file), "--debug", "--quiet", "rounds=1", f"run.root={shell.root}")[0] == 0
     (path,) = shell.root.iterdir()
@@ -366,13 +397,21 @@ def test_quiet_in_a_fresh_process(tmp_path: Path) -> None:
         assert (command.wait(), command.out, command.err) == (0, "", "")
 
 
-@pytest.mark.parametrize("pools", [pytest.param("--debug", marks=pytest.mark.slow), "cluster.pools=1"])
-def test_ctrl_c(tmp_path: Path, pools: str) -> None:
+@pytest.mark.parametrize(
+    ("pools", "sent"),
+    [
+        pytest.param("--debug", signal.SIGINT, marks=pytest.mark.slow),
+        ("--debug", signal.SIGTERM),
+        ("cluster.pools=1", signal.SIGINT),
+        pytest.param("cluster.pools=1", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_or_sigterm(tmp_path: Path, pools: str, sent: int) -> None:
     path, settings = tmp_path / "run", ("rounds=5", "train.epochs=3", "checkpoint.every=5")
     words = ["run", str(write_tiny(tmp_path)), *settings, f"run.root={tmp_path}", "run.name=run", "--quiet"]
     with Command([*words, pools], tmp_path) as command:
         command.await_(lambda: line_count(path / "rounds.jsonl") >= 2)
-        command.interrupt()
+        command.interrupt(sent)
         code = command.wait()
         told = command.err
     assert (code, command.out, told.count("\n")) == (130, "", 1), told
