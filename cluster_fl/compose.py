@@ -22,27 +22,30 @@ from cluster_fl.errors import UserError
 # (Another kind of device computes other bits: that is checked when a run is resumed.)
 INCIDENTAL = ("cluster", "checkpoint", "tracking", "data.root", "data.download")
 
-# A file's section for `cluster-fl compare`; one run's configuration is what is around it.
-COMPARE = "compare"
+# A file's sections for `cluster-fl compare` and `sweep`; one run's configuration is what is around them.
+COMPARE, SWEEP = "compare", "sweep"
 
 Section = TypeVar("Section")
+# A file, or what :func:`read` has read from it.
+Source = Path | str | DictConfig
 
 
 def compose(
-    files: Sequence[Path | str], overrides: Sequence[str] = (), entry: Mapping[str, Any] | None = None
+    files: Sequence[Source], overrides: Sequence[str] = (), entry: Mapping[str, Any] | None = None
 ) -> Config:
     """Merges, later over earlier: the schema, the variant's preset, the files in order, the overrides.
 
-    A file's section ``compare`` is left out. One of its entries, already parsed, goes between the files and
-    the overrides.
+    A file's sections ``compare`` and ``sweep`` are left out. What one of their runs changes, already parsed, goes
+    between the files and the overrides.
 
     Raises:
         UserError: a file is missing or no YAML, a key is unknown (with the nearest valid one), a value has
             the wrong type or is out of range.
     """
-    layers = [_read(Path(file)) for file in files]
+    layers = [read(file) for file in files]
     for layer in layers:
-        layer.pop(COMPARE, None)
+        for section in (COMPARE, SWEEP):
+            layer.pop(section, None)
     layers += [OmegaConf.create(dict(entry or {})), *(_parse(override) for override in overrides)]
     name = _last(layers, "method", Config.method)
     variant = _last(layers, "variant", Config.variant)
@@ -63,15 +66,15 @@ def compose(
 
 
 def read_section(
-    name: str, schema: type[Section], files: Sequence[Path | str], overrides: Sequence[str] = ()
+    name: str, schema: type[Section], files: Sequence[Source], overrides: Sequence[str] = ()
 ) -> Section:
     """The section ``name`` of the files and overrides alone, merged onto a schema of its own.
 
     Raises:
         UserError: as :func:`compose`, except for ranges, which the caller checks.
     """
-    merged = OmegaConf.create({name: OmegaConf.structured(schema)}, flags={"struct": True})
-    for layer in [_read(Path(file)) for file in files] + [_parse(override) for override in overrides]:
+    merged = OmegaConf.create({name: OmegaConf.structured(schema)})
+    for layer in [read(file) for file in files] + [_parse(override) for override in overrides]:
         if name in layer:
             own = OmegaConf.masked_copy(layer, [name])
             merged = _merge(merged, own, own)
@@ -81,6 +84,15 @@ def read_section(
             name, section, f"must hold options: {', '.join(map(str, OmegaConf.structured(schema)))}."
         )
     return section
+
+
+def read(source: Source) -> DictConfig:
+    """A file's content, which stays as it is whatever becomes of the file; a copy of what was read before.
+
+    Raises:
+        UserError: the file is missing or no YAML.
+    """
+    return source.copy() if isinstance(source, DictConfig) else _read(Path(source))
 
 
 def to_yaml(config: Config) -> str:
@@ -163,7 +175,7 @@ def _named(base: Any, layer: Any) -> Any:
 
 def _explain(error: Exception, base: DictConfig, source: Any) -> UserError:
     """OmegaConf's complaint as one line: key, value, and what would be right."""
-    flat = _plain_value_for_options(base, source)
+    flat = _plain_value_for_options(base, _named(base, source))
     if flat is not None:
         options = ", ".join(map(str, _lookup(base, flat))) or "key: value pairs"
         return UserError(flat, _lookup(source, flat), f"must hold options: {options}.")

@@ -19,7 +19,7 @@ from cluster_fl.timing.schema import TimeConfig, check_time
 
 @dataclass
 class ClientsConfig:
-    count: int = option(100, "clients in the population", low=1)
+    count: int = option(100, "clients in the population", low=1, high=100_000_000)
     per_round: int = option(10, "clients drawn for each round, without replacement", low=1)
     samples: int | None = option(
         None, "simulate: training samples of each client; those of the partition when not given", low=1
@@ -265,9 +265,18 @@ def check(config: Config) -> None:
     Raises:
         UserError: naming the first key that is wrong.
     """
-    for key, spec, value in _walk(config):
-        _check_value(key, spec, value)
+    check_values(config)
     _check_together(config)
+
+
+def check_values(node: Any, prefix: str = "") -> None:
+    """Every value of a schema's object against its own range. ``prefix`` goes before its keys in messages.
+
+    Raises:
+        UserError: naming the first key that is wrong.
+    """
+    for key, spec, value in _walk(node, prefix):
+        _check_value(key, spec, value)
 
 
 def choose(key: str, value: str, choices: Sequence[str]) -> None:
@@ -324,7 +333,7 @@ def _check_together(config: Config) -> None:
     elif cluster.pools < 1:
         raise UserError("cluster.pools", cluster.pools, "must be auto or at least 1.")
     name = config.run.name
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+    if name is not None and (name in ("", ".", "..") or set(name) & {"/", "\\"} or not name.isprintable()):
         raise UserError("run.name", name, "must be a plain folder name; run.root says where it lies.")
     if cluster.gpus_per_pool > 1 and cluster.gpus_per_pool % 1:
         raise UserError("cluster.gpus_per_pool", cluster.gpus_per_pool, "above 1 it must be a whole number.")

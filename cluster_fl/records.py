@@ -211,6 +211,32 @@ class RunFolder:
         self.timeline.finish(last, pauses)
         trace.add(self.path, [record["sim_time_s"] for record in self.rounds()])
 
+    def fork(self, config: Config, source: RunFolder) -> None:
+        """Begins a run here where the newest checkpoint of another stands; it goes on under ``config``.
+
+        Its earlier rounds are the other's. The folder appears whole or not at all.
+
+        Raises:
+            UserError: the folder holds a run already.
+            RunError: the other has no checkpoint, or a damaged one.
+        """
+        self.refuse_existing()
+        progress = source.load(source.config())
+        if progress is None:
+            raise RunError(f"{source.path} has no complete round to go on from.")
+        draft = RunFolder(self.path.with_name(f".{self.path.name}.{os.getpid()}"))
+        try:
+            draft.create(config)
+            for name in ("rounds.jsonl", "timeline", "timeline.parquet", "clients"):
+                _copy(source.path / name, draft.path / name)
+            draft.rewind(progress.rounds)
+            draft.save(config, progress)
+            os.replace(draft.path, self.path)
+        except OSError:
+            shutil.rmtree(draft.path, ignore_errors=True)
+            raise
+        sync(self.path.parent)
+
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The run's configuration. Raises UserError if this is no run folder."""
         if not self.config_file.exists():
@@ -395,6 +421,14 @@ def _start(arrays: Mapping[str, np.ndarray]) -> Start:
     state = {key.removeprefix(STATE): array for key, array in arrays.items() if key.startswith(STATE)}
     memory = {key.removeprefix(MEMORY): array for key, array in arrays.items() if key.startswith(MEMORY)}
     return Start(state, memory)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file or a folder, if it is there."""
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.exists():
+        shutil.copyfile(source, target)
 
 
 def _load_if_there(file: Path) -> dict[str, np.ndarray]:

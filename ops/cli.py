@@ -54,7 +54,8 @@ def _report(error: Exception) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("cluster-fl: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    print("cluster-fl: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     return code
 
 

@@ -63,13 +63,13 @@ class Command:
     def err(self) -> str:
         return self._err.read_text()
 
-    def await_(self, event: Callable[[], bool]) -> None:
+    def await_(self, event: Callable[[], bool], deadline: float = DEADLINE_S) -> None:
         """Until ``event`` holds; an error if the command ends before."""
-        wait(lambda: event() or self.process.poll() is not None)
+        wait(lambda: event() or self.process.poll() is not None, deadline)
         assert event(), f"ended with {self.process.returncode} before the event: {self.err}"
 
-    def wait(self) -> int:
-        return self.process.wait(DEADLINE_S)
+    def wait(self, deadline: float = DEADLINE_S) -> int:
+        return self.process.wait(deadline)
 
     def interrupt(self, sent: int = signal.SIGINT) -> None:
         """Ctrl-C, as a terminal sends it: to the whole group."""
@@ -90,6 +90,18 @@ class Command:
         self.process.poll()
         return found
 
+    def seconds(self) -> float:
+        """Processor time of the tree so far."""
+        ticks = 0
+        for pid in self.tree():
+            try:
+                ticks += sum(
+                    map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+                )
+            except OSError:  # gone meanwhile
+                continue
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def tree(self) -> list[int]:
         """All living processes that carry this command's mark."""
         wanted = f"{MARK}={self._mark}".encode()
@@ -105,11 +117,11 @@ class Command:
         return found
 
 
-def wait(event: Callable[[], bool]) -> None:
+def wait(event: Callable[[], bool], deadline: float = DEADLINE_S) -> None:
     """Returns as soon as ``event`` holds; fails at the deadline."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + deadline
     while not event():
-        assert time.monotonic() < end, f"nothing happened within {DEADLINE_S:g} s"
+        assert time.monotonic() < end, f"nothing happened within {deadline:g} s"
         time.sleep(POLL_S)
 
 

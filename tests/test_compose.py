@@ -326,6 +326,14 @@ def test_the_fingerprint_ignores_where_and_how_fast_and_nothing_else(tmp_path: P
     assert len(incidental) == 16
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", "a\0b", "a\nb", "\x1b[2J"])
+def test_no_run_name_leaves_the_run_root_or_plays_tricks(tmp_path: Path, name: str) -> None:
+    entry = {"run": {"name": name}}
+    with pytest.raises(UserError, match="must be a plain folder name") as caught:
+        compose([file(tmp_path, "")], entry=entry)
+    assert caught.value.key == "run.name"
+
+
 @pytest.mark.parametrize(
     ("short", "long"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,34 @@ def test_kill_9_of_a_whole_ray_cluster(tmp_path: Path, long_reference: Computed)
     """Other pools after than before, and nothing of Ray is left."""
     killed_and_resumed(tmp_path, 1, ["cluster.pools=2"], ["cluster.pools=1"])
     assert left(tmp_path / "run") == long_reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [["--debug"], ["cluster.pools=2"]], ids=["here", "ray"])
+def test_twenty_kills_at_random_moments(tmp_path: Path, where: list[str]) -> None:
+    """One run, killed and resumed again and again. A moment is an amount of the tree's processor time, drawn by a seed."""
+    long, rng, path = ("rounds=150",), random.Random(11), tmp_path / "run"
+    words = [
+        "run",
+        str(write_tiny(tmp_path)),
+        *long,
+        f"run.root={tmp_path}",
+        "run.name=run",
+        "--quiet",
+        *where,
+    ]
+    for _ in range(20):
+        moment = rng.uniform(2, 7) if where == ["--debug"] else rng.uniform(10, 25)
+        with Command(words, tmp_path) as command:
+            command.await_(lambda command=command, moment=moment: command.seconds() > moment)  # type: ignore[misc]
+            command.kill()
+    assert not (path / "summary.json").exists()
+    survived = line_count(path / "rounds.jsonl")
+    with Command(words, tmp_path) as command:  # a run of that name goes on
+        assert command.wait(600) == 0, command.err
+    run_here(tiny(tmp_path, *long), tmp_path / "calm")
+    assert 0 < survived < 150
+    assert left(path) == left(tmp_path / "calm")
 
 
 # The same without processes: a crash at every single write.

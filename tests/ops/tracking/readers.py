@@ -37,8 +37,13 @@ def wandb_folders(path: Path) -> list[Path]:
 
 def wandb_told(folder: Path) -> Told:
     """Of a run that has ended: W&B's own process writes the end of the file a moment later."""
-    wait(lambda: _wandb_told(folder).exit_code is not None)
+    wait(lambda: is_closed(folder))
     return _wandb_told(folder)
+
+
+def is_closed(folder: Path) -> bool:
+    """Whether the file has its end."""
+    return _wandb_told(folder).exit_code is not None
 
 
 def _wandb_told(folder: Path) -> Told:
