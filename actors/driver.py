@@ -55,7 +55,7 @@ class Driver:
         self._in_use: set[int] = set()  # identities of the weights that somebody is under way from
         self._saving = threading.Lock()  # `stop` may save beside `run`
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         """Plan, then round after round; the last event is :class:`Finished`.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from cluster_fl.records import RunFolder
 class DriverActor(Driver):
     """A driver whose pulse Ray exports."""
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         pulse = Pulse(self._folder.path.name)
         for event in super().run():
             if isinstance(event, RoundDone):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from actors.driver import Driver, MakePools
-from actors.events import Event
+from actors.events import Event, RoundDone
 from actors.pools import InlinePools
 from cluster_fl.assignment import Allocation, SubmodelRule, assign
 from cluster_fl.compose import compose
@@ -118,6 +120,13 @@ def run_here(
 ) -> list[Event]:
     """A whole run with its driver in this process."""
     return list(Driver(config, RunFolder(path), make_pools, resume).run())
+
+
+def stopped_after(config: Config, path: Path, rounds: int, make_pools: MakePools = InlinePools) -> None:
+    """A run that ends, without a word, when so many rounds are complete."""
+    with closing(Driver(config, RunFolder(path), make_pools).run()) as events:
+        done = (event for event in events if isinstance(event, RoundDone))
+        assert len(list(islice(done, rounds))) == rounds
 
 
 def timeless(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

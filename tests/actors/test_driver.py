@@ -45,7 +45,7 @@ def test_a_resumed_run_says_where_it_starts(tmp_path: Path) -> None:
         if isinstance(event, RoundDone):
             break
     assert driver.stop() == 1
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     planned = run_here(tiny(tmp_path), tmp_path / "run", resume=True)[0]
     assert isinstance(planned, Planned)
     assert planned.start == 1

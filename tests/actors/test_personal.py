@@ -72,7 +72,7 @@ TOY = Method(
 def toy() -> Iterator[None]:
     """Registers the method; pools in this process find it too."""
     module = ModuleType("cluster_fl.methods.toy")
-    module.METHOD = TOY  # type: ignore[attr-defined]
+    module.METHOD = TOY
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
         patch.setattr(methods, "NAMES", (*methods.NAMES, "toy"))
@@ -163,7 +163,7 @@ def stopped_at(events: Iterator[Event], round: int, phase: str) -> None:
             break
     else:
         raise AssertionError("the run came to its end")
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 @pytest.mark.parametrize("every", [1, 2])

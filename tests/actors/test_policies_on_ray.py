@@ -80,7 +80,7 @@ def test_a_killed_pool_and_a_resumed_driver_leave_a_buffered_run_alone(tmp_path:
             ray.kill(made[0]._alive[0].actor)
         if isinstance(event, Working) and (event.round, event.phase, event.done) == (4, "train", 1):
             break
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert sum(record["retries"] for record in lines(tmp_path / "ray")) >= 1
     run_here(config, tmp_path / "ray", InlinePools, resume=True)
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from actors.driver import Driver
-from actors.events import RoundDone
-from actors.pools import InlinePools
-from cluster_fl.records import RunFolder
 from tests.methods.common import VARIANTS, UnrulyPools, small
-from tests.tiny import outcome, run_here
+from tests.tiny import outcome, run_here, stopped_after
 
 
 def ids(variant: tuple[str, ...]) -> str:
@@ -28,8 +23,6 @@ def test_bits_do_not_depend_on_who_computes(variant: tuple[str, ...], tmp_path: 
     expected = outcome(tmp_path / "here")
     run_here(config, tmp_path / "unruly", partial(UnrulyPools, count=3))
     assert outcome(tmp_path / "unruly") == expected
-    halted = Driver(config, RunFolder(tmp_path / "halted"), InlinePools)
-    rounds = (event for event in halted.run() if isinstance(event, RoundDone))
-    assert len(list(itertools.islice(rounds, 2))) == 2
+    stopped_after(config, tmp_path / "halted", 2)
     run_here(config, tmp_path / "halted", resume=True)
     assert outcome(tmp_path / "halted") == expected

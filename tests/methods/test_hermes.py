@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from actors.driver import Driver
-from actors.events import RoundDone
-from actors.pools import InlinePools
 from cluster_fl.compose import compose
 from cluster_fl.config import Config
 from cluster_fl.errors import UserError
@@ -23,12 +20,11 @@ from cluster_fl.nesting.extraction import load
 from cluster_fl.nesting.importance import chain, numbers
 from cluster_fl.nesting.plan import State
 from cluster_fl.nesting.submodel import Submodel, gather, index_map, prefix
-from cluster_fl.records import RunFolder
 from cluster_fl.rounds import Round
 from cluster_fl.training.cohort import Cohort, form
 from cluster_fl.training.own import own_model, own_submodel, own_tensors, pack
 from cluster_fl.training.program import Context
-from tests.tiny import assigned, attempts_of, lines, outcome, run_here, worker_of
+from tests.tiny import assigned, attempts_of, lines, outcome, run_here, stopped_after, worker_of
 from tests.tiny import results as run_phase
 
 OWN = """
@@ -229,10 +225,7 @@ def test_the_training_part_judges_where_nothing_is_held_out(tmp_path: Path) -> N
 def test_a_resumed_run_finds_its_clients(tmp_path: Path) -> None:
     config = composed(tmp_path, "options.threshold=0", "train.correction.name=scaffold")
     run_here(config, tmp_path / "here")
-    halted = (e for e in Driver(config, RunFolder(tmp_path / "halted"), InlinePools).run())
-    for _ in range(2):
-        next(event for event in halted if isinstance(event, RoundDone))
-    halted.close()
+    stopped_after(config, tmp_path / "halted", 2)
     run_here(config, tmp_path / "halted", resume=True)
     assert outcome(tmp_path / "halted") == outcome(tmp_path / "here")
     summary = outcome(tmp_path / "here")[1]

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from actors.driver import Driver
-from actors.events import RoundDone
-from actors.pools import InlinePools
 from cluster_fl.aggregation.angles import angles, factors
 from cluster_fl.compose import compose
 from cluster_fl.errors import UserError
@@ -24,7 +21,6 @@ from cluster_fl.merging import Merged, Phases
 from cluster_fl.nesting.extraction import load
 from cluster_fl.nesting.importance import numbers
 from cluster_fl.nesting.plan import State
-from cluster_fl.records import RunFolder
 from cluster_fl.rounds import Round
 from cluster_fl.timing import load as loads
 from cluster_fl.timing.deadline import Affordable, level_seconds
@@ -35,7 +31,7 @@ from cluster_fl.training.program import Context
 from cluster_fl.training.worker import Worker
 from cluster_fl.weighing import ANGLE, COUNT
 from tests.methods.common import UnrulyPools
-from tests.tiny import assigned, outcome, run_here, select, worker_of
+from tests.tiny import assigned, outcome, run_here, select, stopped_after, worker_of
 from tests.tiny import results as run_phase
 
 NEST = """
@@ -306,8 +302,7 @@ def test_resumed_and_unruly_runs_have_the_same_bits(own: str, tmp_path: Path) ->
     config = made(tmp_path, f"options.{own}", "time.load.shares=[0,0.5]").config
     run_here(config, tmp_path / "here")
     run_here(config, tmp_path / "unruly", partial(UnrulyPools, count=2))
-    halted = Driver(config, RunFolder(tmp_path / "halted"), InlinePools).run()
-    next(event for event in halted if isinstance(event, RoundDone))
+    stopped_after(config, tmp_path / "halted", 1)
     run_here(config, tmp_path / "halted", resume=True)
     assert outcome(tmp_path / "here") == outcome(tmp_path / "unruly") == outcome(tmp_path / "halted")
 

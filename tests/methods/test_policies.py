@@ -13,21 +13,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from actors.driver import Driver
-from actors.events import RoundDone
 from cluster_fl import experiment, methods
 from cluster_fl.config import Config
 from cluster_fl.errors import UserError
 from cluster_fl.experiment import Experiment, prepare
 from cluster_fl.nesting.extraction import extract, load, read
 from cluster_fl.nesting.plan import Holding, Plan, State
-from cluster_fl.records import RunFolder, weights_sha256
+from cluster_fl.records import weights_sha256
 from cluster_fl.seeding import Purpose, torch_generator
 from cluster_fl.timing.fitting import training_bytes
 from cluster_fl.timing.schema import ASYNCHRONOUS
 from cluster_fl.training.program import Context, Trained
 from tests.methods.common import UnrulyPools, small
-from tests.tiny import attempts_of, lines, outcome, round_of, run_here, worker_of
+from tests.tiny import attempts_of, lines, outcome, round_of, run_here, stopped_after, worker_of
 
 # Some 20 samples a client, three units; devices of different speed and with other work, some of which get lost.
 LITTLE = (
@@ -115,9 +113,7 @@ def little(folder: Path, method: str, *overrides: str) -> Config:
 
 def interrupted(config: Config, path: Path, rounds: int) -> None:
     """A run of several workers that is stopped and resumed."""
-    halted = Driver(config, RunFolder(path), partial(UnrulyPools, count=3))
-    done = (event for event in halted.run() if isinstance(event, RoundDone))
-    assert len(list(itertools.islice(done, rounds))) == rounds
+    stopped_after(config, path, rounds, partial(UnrulyPools, count=3))
     run_here(config, path, partial(UnrulyPools, count=2, seed=1), resume=True)
 
 
