@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ops import environment, place
+from ops import place
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words += rest
     # The user's own modules (`model.name: package.module:function`) lie where the command is called.
     sys.path.append(os.getcwd())
-    environment.take_over()
+    if place.in_job():
+        from ops import environment
+
+        environment.take_over()
     try:
         code: int = args.command(args)
         return code
