@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -42,8 +43,11 @@ def wandb_told(folder: Path) -> Told:
 
 
 def is_closed(folder: Path) -> bool:
-    """Whether the file has its end."""
-    return _wandb_told(folder).exit_code is not None
+    """Whether the file has its end; a record of which only a part is written is none."""
+    try:
+        return _wandb_told(folder).exit_code is not None
+    except DecodeError:
+        return False
 
 
 def _wandb_told(folder: Path) -> Told:
