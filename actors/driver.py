@@ -83,13 +83,12 @@ class Driver:
         """Whatever ends the run, the rounds that are complete stay."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             with suppress(OSError):
                 self.stop()
-            raise RunError(f"{error.filename or self._folder.path}: {error.strerror or error}.") from error
-        except Exception:
-            with suppress(OSError):
-                self.stop()
+            if isinstance(error, OSError):
+                told = f"{error.filename or self._folder.path}: {error.strerror or error}."
+                raise RunError(told) from error
             raise
 
     def stop(self) -> int:

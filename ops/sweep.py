@@ -54,6 +54,7 @@ def sweep(args: argparse.Namespace) -> int:
 def _run(ledger: Ledger, quiet: bool) -> None:
     sweep = ledger.sweep
     cluster, side_by_side = sweep.config(sweep.first).cluster, sweep.section.concurrent
+    # Side by side trials use a cluster better than pools do.
     pools = 1 if cluster.pools == "auto" else int(cluster.pools)
     with ExitStack() as stack:
         # A Ray of our own has room for what is asked for.

@@ -40,6 +40,9 @@ SETTINGS = {
 def run(ledger: Ledger, cluster: ClusterConfig, quiet: bool) -> None:
     """Until every trial is done or has failed; the ledger is kept up to date.
 
+    Args:
+        cluster: what a trial gets; its ``pools`` are a number.
+
     Raises:
         UserError: no trial fits on the cluster.
         RunError: Tune failed.
@@ -91,16 +94,14 @@ def _name(trial: TunesTrial) -> str:
 def _bundles(cluster: ClusterConfig) -> tune.PlacementGroupFactory:
     """A trial's: one for the driver, on this node, whose disk has the run folders; and one a pool.
 
-    The driver takes no CPU, as everywhere. ``cluster.pools: auto`` is one pool: side by side trials use a cluster
-    better than pools do.
+    The driver takes no CPU, as everywhere.
     """
     here = ray.get_runtime_context().get_node_id()
     (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
     mark = next(name for name in node["Resources"] if name.startswith("node:") and "__" not in name)
-    pools = 1 if cluster.pools == "auto" else int(cluster.pools)
     each = {"CPU": cluster.cpus_per_pool, "GPU": cluster.gpus_per_pool}
     pool = {name: count for name, count in each.items() if count} or {mark: MARK}
-    return tune.PlacementGroupFactory([{mark: MARK}, *[pool] * pools], strategy="PACK")
+    return tune.PlacementGroupFactory([{mark: MARK}, *[pool] * int(cluster.pools)], strategy="PACK")
 
 
 def _scheduler(ledger: Ledger) -> TrialScheduler:
